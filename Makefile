@@ -1,0 +1,65 @@
+# Everything a user or a CI needs, on a machine with Python 3.11+ and make. `make demo` and `make test` set up by themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+SEDAC  := $(BIN)/sedac
+
+# What the pipeline targets run on; override on the command line: make collect MODEL=Qwen/Qwen2.5-3B-Instruct
+MODEL    ?= builtin:tiny
+DATASET  ?= builtin:books
+LAYERS   ?= 7,14,21
+DATA_DIR ?= sedac_data
+ARGS     ?=
+
+.PHONY: help setup demo test lint types gpu-test collect train-probes calibrate validate bench bench-cpu clean
+
+help:
+	@echo "make demo      the whole pipeline on the built-in model"
+	@echo "make test      the test suite          make lint types   style and types"
+	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
+	@echo "make bench bench-cpu   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("sedac needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	$(SEDAC) demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+
+gpu-test: setup
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+collect: setup
+	$(SEDAC) collect --model $(MODEL) --dataset $(DATASET) --layers $(LAYERS) --save-dir $(DATA_DIR) $(ARGS)
+
+train-probes: setup
+	$(SEDAC) train-probes --data-dir $(DATA_DIR) --layers $(LAYERS) $(ARGS)
+
+calibrate: setup
+	$(SEDAC) calibrate --data-dir $(DATA_DIR) $(ARGS)
+
+validate: setup
+	$(SEDAC) validate --model $(MODEL) --dataset $(DATASET) --data-dir $(DATA_DIR) $(ARGS)
+
+bench: bench-cpu
+
+bench-cpu: setup
+	$(BIN)/python benchmarks/cpu.py --out benchmarks/results/cpu.json $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,55 @@
+"""`sedac` and `python -m sedac_cli`: run the command line and turn every outcome into an exit code.
+
+0 done, 1 a quality limit was missed, 2 wrong usage, 3 bad input or environment, 70 a fault of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from sedac_cli.cli import app
+from sedac_cli.console import report_crash, report_error, report_interrupt
+from sedac_cli.errors import InputError, SedacError
+
+# Typer may carry its own copy of click, so its exception classes are reached through Typer.
+ClickError: Any = typer.BadParameter.__mro__[2]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = sys.argv[1:] if argv is None else argv
+    sys.exit(run(args))
+
+
+def run(args: list[str]) -> int:
+    debug = "--debug" in args
+    try:
+        code = app(args=args, standalone_mode=False, prog_name="sedac")
+        return code if isinstance(code, int) else 0
+    except SedacError as error:
+        return report_error(error, debug)
+    except OSError as error:
+        return report_error(as_input_error(error), debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return report_interrupt()
+    except typer.Exit as stop:
+        return stop.exit_code
+    except ClickError as error:
+        error.show()
+        return error.exit_code
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        return report_crash(error, debug)
+
+
+def as_input_error(error: OSError) -> SedacError:
+    """A full disk, a read-only folder or a missing file is the machine's state, not a fault of ours."""
+    where = f": {error.filename}" if error.filename else ""
+    return InputError(f"{error.strerror or error}{where}")
+
+
+if __name__ == "__main__":
+    main()

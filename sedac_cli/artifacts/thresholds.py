@@ -1,0 +1,95 @@
+"""`thresholds.json`: which gate, with which thresholds, how they were found, what they promise, and for which model.
+
+thresholds = Thresholds.read(Path("sedac_data/thresholds.json"))
+thresholds.by_layer        # {7: 0.81, 14: 1.24, 21: 1.62}
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, field_validator, model_validator
+
+from sedac_cli.artifacts.files import read_json, sha256_file, write_json
+from sedac_cli.artifacts.manifest import ModelIdentity, Strict
+from sedac_cli.errors import InputError
+
+SCHEMA = 1
+
+
+class ProbeFile(Strict):
+    file: str
+    sha256: str
+
+    def verify(self, folder: Path) -> None:
+        path = folder / self.file
+        if not path.is_file():
+            raise InputError(f"{path} is missing: the thresholds were found for it", hint="sedac train-probes")
+        found = sha256_file(path)
+        if found != self.sha256:
+            raise InputError(
+                f"{path} is not the probe these thresholds were found for: "
+                f"sha256 {found[:16]}..., expected {self.sha256[:16]}...",
+                hint="sedac calibrate again",
+            )
+
+
+class Promise(Strict):
+    """What the thresholds were made to keep. `exit-rate` targets a share of tokens and says nothing about quality;
+    `certified` is a bound on a loss that holds with the given confidence."""
+
+    kind: Literal["exit-rate", "certified"]
+    target: dict[str, Any]
+    confidence: float | None = None
+    calibration_sequences: int | None = None
+    bound: float | None = None
+    candidates: list[dict[str, Any]] | None = None
+
+
+class Thresholds(Strict):
+    schema_version: int = SCHEMA
+    gate: Literal["fixed", "cascade"]
+    batch_rule: Literal["token", "max"] = "token"
+    layers: list[int]
+    thresholds: list[float]
+    probes: dict[int, ProbeFile]
+    guards: dict[str, Any]
+    target_label: str
+    found_by: dict[str, Any]
+    promise: Promise
+    model: ModelIdentity
+
+    @field_validator("thresholds")
+    @classmethod
+    def _finite(cls, values: list[float]) -> list[float]:
+        if any(math.isnan(v) or v < 0 for v in values):
+            raise ValueError("thresholds are numbers >= 0")
+        return values
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Thresholds:
+        if not len(self.layers) == len(self.thresholds) == len(self.probes):
+            raise ValueError("layers, thresholds and probes differ in number")
+        return self
+
+    @property
+    def by_layer(self) -> dict[int, float]:
+        return dict(zip(self.layers, self.thresholds, strict=True))
+
+    @classmethod
+    def read(cls, path: Path) -> Thresholds:
+        document = read_json(path)
+        found = document.get("schema_version") if isinstance(document, dict) else None
+        if found != SCHEMA:
+            raise InputError(f"{path} has schema version {found}; this sedac reads {SCHEMA}")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the document"
+            raise InputError(f"{path}: {where}: {first['msg']}") from None
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.model_dump())

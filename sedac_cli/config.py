@@ -1,0 +1,115 @@
+"""Values as the user writes them: lists of layers and rates, and the YAML file behind `--config`.
+
+Precedence is command line > environment (`SEDAC_<COMMAND>_<OPTION>`) > YAML > default. A YAML file holds options of the
+running command, or one section per command so that a single file serves the whole pipeline:
+
+    collect:      {model: builtin:tiny, layers: [7, 14, 21]}
+    train-probes: {epochs: 10}
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedac_cli.errors import InputError, UsageError, did_you_mean
+
+
+def parse_layers(text: str) -> list[int]:
+    """`"7,14,21"` -> [7, 14, 21]; strictly rising, because rates and thresholds are given in the same order."""
+    layers = [_number(part, int, "layers", "whole numbers such as 7,14,21") for part in _parts(text, "layers")]
+    if len(set(layers)) != len(layers):
+        raise UsageError(f"--layers names a layer twice: {text}")
+    if layers != sorted(layers):
+        raise UsageError(
+            f"--layers must rise: {text}", hint=f"--layers {','.join(map(str, sorted(layers)))}, other lists alike"
+        )
+    if layers[0] < 0:
+        raise UsageError(f"--layers counts from 0: {text}")
+    return layers
+
+
+def parse_rates(text: str, option: str) -> list[float]:
+    """`"0.2,0.6,0.9"` -> floats in [0, 1]."""
+    rates = [_number(part, float, option, "numbers such as 0.2,0.6,0.9") for part in _parts(text, option)]
+    for rate in rates:
+        if not 0.0 <= rate <= 1.0:
+            raise UsageError(f"--{option}: {rate} is not between 0 and 1")
+    return rates
+
+
+def _parts(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in str(text).split(",")]
+    if not parts or any(part == "" for part in parts):
+        raise UsageError(f"--{option}: '{text}' is not a comma-separated list")
+    return parts
+
+
+def _number(text: str, kind: type, option: str, form: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"--{option}: '{text}' is not a number", hint=f"--{option} takes {form}") from None
+
+
+def read_yaml_options(path: Path, command: str, options: set[str], commands: set[str]) -> dict[str, Any]:
+    """The options a YAML file gives to one command, by parameter name; unknown keys are refused."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: expected options as 'name: value' lines, found {type(document).__name__}")
+
+    own: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in commands and isinstance(value, dict):
+            if key == command:
+                own.update(value)
+        else:
+            own[key] = value
+    known = sorted(option.replace("_", "-") for option in options)
+    values = {}
+    for key, value in own.items():
+        name = str(key).replace("-", "_")
+        if name not in options:
+            raise UsageError(
+                f"{path}: '{key}' is not an option of `sedac {command}`.{did_you_mean(str(key), known)}",
+                hint="options: " + ", ".join(known),
+            )
+        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+    return values
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, and how to load it. `ref` is `builtin:tiny`, a local folder or a hub id."""
+
+    ref: str = "builtin:tiny"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    load_in_4bit: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Which text, and how it becomes samples of at most `max_length` tokens."""
+
+    dataset: str = "builtin:books"
+    split: str | None = None
+    text_column: str | None = None
+    samples: int = 500
+    max_length: int = 512
+    pack: bool = True
+    shuffle: bool = True
+    seed: int = 0

@@ -1,0 +1,1 @@
+"""Kernels and their plain-torch twins. This room imports nothing else of the project."""

@@ -1,0 +1,1 @@
+"""Running a model with a gate in force."""
