@@ -5,17 +5,15 @@ Only `commands/` and `__main__` use this module; the library returns results and
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import math
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from sedac_cli.artifacts.files import plain
 from sedac_cli.errors import SedacError
 
 _resume_hint: str | None = None
@@ -37,7 +35,8 @@ class Output:
         """A tqdm factory: rate and remaining time on stderr, silent under --quiet."""
         from tqdm import tqdm
 
-        return partial(tqdm, file=sys.stderr, disable=self.quiet, dynamic_ncols=True, leave=True, mininterval=0.2)
+        every = 0.2 if sys.stderr.isatty() else 10.0
+        return partial(tqdm, file=sys.stderr, disable=self.quiet, dynamic_ncols=True, mininterval=every)
 
     def result(self, data: Any) -> None:
         """Print the JSON document, if that is what was asked for."""
@@ -52,35 +51,21 @@ class Output:
             return
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+        table = Table(
+            title=Text(title), caption=caption and Text(caption), title_justify="left", caption_justify="left"
+        )
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right")
+            table.add_column(Text(column), justify="left" if number == 0 else "right")
         for row in rows:
-            table.add_row(*[str(cell) for cell in row])
+            table.add_row(*[Text(str(cell)) for cell in row])  # Text: square brackets are not markup
         width = None if sys.stdout.isatty() else 140
         Console(width=width).print(table)
 
     def text(self, text: str = "") -> None:
         if not self.json:
             print(text)
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, paths and pydantic models as JSON-ready values; infinities and NaN become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if hasattr(value, "model_dump"):
-        return plain(value.model_dump())
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def setup_logging(quiet: bool) -> None:

@@ -69,10 +69,23 @@ class Decoder:
 
         return self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
 
+    def at_mlp(self, layer: int, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Call `see` with the input of the MLP of `layer` at every forward pass."""
+        return self.branches[layer].entry.register_forward_pre_hook(lambda module, args: see(args[0]))
+
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, H]: what the output head reads; no logits are made."""
         base = getattr(self.model, self.model.base_model_prefix)
         return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What stands between the last layer and the output head; with `head`, the logit lens of any layer."""
+        norms = [
+            child
+            for child in self.backbone.children()
+            if not isinstance(child, nn.ModuleList) and not _weights(child) and any(True for _ in child.parameters())
+        ]
+        return norms[-1](hidden) if norms else hidden
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden rows as the model itself would give them, soft caps and scales included."""

@@ -119,6 +119,8 @@ def sedac_command(*, model: ModelSpec | None = None, text: TextSpec | None = Non
                 values["seed"] = seed
             return function(out=out, **values)
 
+        for kind, _ in options.values():
+            kind.__metadata__[0].show_envvar = False  # one rule for all of them, told once at the end of the help
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters = [
             inspect.Parameter(name, keyword, default=default, annotation=kind)

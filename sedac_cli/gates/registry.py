@@ -15,14 +15,23 @@ from sedac_cli.gates.simple import AlwaysGate, NeverGate, RandomGate
 from sedac_cli.probes import load_probe
 
 if TYPE_CHECKING:
+    from sedac_cli.artifacts.manifest import ModelIdentity
     from sedac_cli.artifacts.thresholds import Thresholds
     from sedac_cli.structure import Decoder
 
 GATES: dict[str, type[Gate]] = {g.name: g for g in (NeverGate, AlwaysGate, RandomGate, FixedGate, CascadeGate)}
 
 
-def build_gate(spec: str, decoder: Decoder, *, guards: Guards | None = None, seed: int = 0) -> Gate:
-    """A gate from its spec. Gates with thresholds take a file; its guards hold unless others are given."""
+def build_gate(
+    spec: str,
+    decoder: Decoder,
+    *,
+    guards: Guards | None = None,
+    seed: int = 0,
+    identity: ModelIdentity | None = None,
+) -> Gate:
+    """A gate from its spec. Gates with thresholds take a file; its guards hold unless others are given, and a file
+    made for a model other than `identity` is refused."""
     name, _, argument = spec.partition(":")
     if name not in GATES:
         raise UsageError(
@@ -44,6 +53,8 @@ def build_gate(spec: str, decoder: Decoder, *, guards: Guards | None = None, see
     found = Thresholds.read(Path(argument))
     if found.gate != name:
         raise UsageError(f"{argument} is for gate '{found.gate}', not '{name}'", hint=f"{found.gate}:{argument}")
+    if identity is not None:
+        found.model.require_same(identity, argument)
     return gate_from_thresholds(found, Path(argument).parent, decoder, guards=guards)
 
 

