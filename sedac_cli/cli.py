@@ -7,6 +7,7 @@ import typer
 from sedac_cli.commands.calibrate import calibrate
 from sedac_cli.commands.collect import collect
 from sedac_cli.commands.demo import demo
+from sedac_cli.commands.distill import distill
 from sedac_cli.commands.doctor import doctor
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.train_probes import train_probes
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, calibrate, validate, generate, demo, doctor):
+for command in (collect, train_probes, distill, calibrate, validate, generate, demo, doctor):
     app.command(command.__name__.replace("_", "-"), epilog=ENVIRONMENT)(command)
 
 

@@ -41,15 +41,15 @@ def generate(
     if show not in ("text", "exits"):
         raise UsageError(f"--show: '{show}' is not known", hint="text or exits")
     prompts = read_prompts(prompt or [], prompt_file)
-    from sedac_cli.gates.registry import build_gate
     from sedac_cli.models import load_model
     from sedac_cli.runtime.generate import GenerateOptions
     from sedac_cli.runtime.generate import generate as run
+    from sedac_cli.runtime.plan import make_plan
 
     loaded = load_model(model)
-    rule = build_gate(gate, loaded.decoder, seed=seed, identity=loaded.identity)
+    plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
     options = GenerateOptions(max_new_tokens, temperature, top_p, top_k, seed, chat, ignore_eos)
-    result = run(loaded, rule, prompts, options)
+    result = run(loaded, plan.gate, prompts, options, plan.standin)
     for index, text in enumerate(result.texts):
         if len(prompts) > 1:
             out.text(f"--- prompt {index + 1}")

@@ -47,11 +47,13 @@ def validate(
     from sedac_cli.artifacts.files import make_folder
     from sedac_cli.artifacts.manifest import MANIFEST
     from sedac_cli.artifacts.thresholds import Thresholds
-    from sedac_cli.gates.registry import build_gate, gate_from_thresholds
+    from sedac_cli.gates.registry import gate_from_thresholds
     from sedac_cli.models import load_model
     from sedac_cli.pipeline.data import CollectedData
     from sedac_cli.pipeline.validate import ValidateOptions, write_validation
     from sedac_cli.pipeline.validate import validate as run
+    from sedac_cli.runtime.plan import Plan, make_plan
+    from sedac_cli.standins import ZeroStandIn
 
     path = thresholds or data_dir / "thresholds.json"
     if gate is None and not path.is_file():
@@ -61,11 +63,11 @@ def validate(
     loaded = load_model(model)
     if chosen is not None:
         chosen.model.require_same(loaded.identity, str(path))
-        rule = gate_from_thresholds(chosen, path.parent, loaded.decoder)
+        plan = Plan(gate_from_thresholds(chosen, path.parent, loaded.decoder), ZeroStandIn())
     else:
-        rule = build_gate(str(gate), loaded.decoder, seed=seed)
+        plan = make_plan(str(gate), loaded.decoder, loaded.identity, seed=seed)
     options = ValidateOptions(batch_size, seed, allow_overlap)
-    report, evaluation = run(loaded, rule, text, options, data, None, out.progress())
+    report, evaluation = run(loaded, plan.gate, text, options, data, plan.standin, out.progress())
     target = out_file or data_dir / "validate.json"
     make_folder(target.parent)
     document = write_validation(target, report, evaluation)

@@ -40,9 +40,9 @@ def kl_of_logits(dense: Tensor, other: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=-1).clamp_min(0.0)
 
 
-def row_chunks(rows: int, vocab: int) -> Iterator[slice]:
-    """Slices of rows whose float32 logits fit into CHUNK_BYTES."""
-    step = max(1, CHUNK_BYTES // (4 * max(vocab, 1)))
+def row_chunks(rows: int, vocab: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of rows whose float32 logits fit into `chunk_bytes`."""
+    step = max(1, chunk_bytes // (4 * max(vocab, 1)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -77,9 +77,10 @@ def skipping(
     """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was."""
     decoder = decoder or find_decoder(model)
     if isinstance(gate, str):
-        from sedac_cli.gates.registry import build_gate
+        from sedac_cli.runtime.plan import make_plan
 
-        gate = build_gate(gate, decoder)
+        plan = make_plan(gate, decoder)
+        gate, standin = plan.gate, standin or plan.standin
     run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass)
     installed = _Installed(run, standin or ZeroStandIn())
     installed.install()

@@ -1,0 +1,126 @@
+"""The model as it is while gates are trained: every gated MLP runs, its stand-in runs, and a hard choice blends them.
+
+The choice is straight-through: forward takes 0 or 1, backward sees a sigmoid, so a router learns from how much the loss
+would change if it chose otherwise. A *skip score* m decides: skip where m > limit. For per-layer gates m is the layer's
+router; for the latch form it is the largest score of all checkpoints so far, so a token that left stays away.
+
+    with blended(decoder, parts) as control:
+        control.limit = limits                 # [B, 1]: each sequence may have its own budget
+        hidden = decoder.last_hidden(ids)
+        scores = control.scores()              # [layers, B, T]
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedac_cli.errors import InputError
+from sedac_cli.structure import Decoder
+
+NEVER = -1e4
+
+
+@dataclass
+class Control:
+    """What the blended layers share. `on=False` gives the dense model."""
+
+    on: bool = True
+    limit: Tensor | None = None
+    sinks: int = 4
+    running: Tensor | None = None
+    layers: dict[int, Blend] = field(default_factory=dict)
+
+    def start(self, limit: Tensor) -> None:
+        self.limit, self.running = limit, None
+
+    def scores(self) -> Tensor:
+        """[gated layers, B, T] of the last pass, detached."""
+        return torch.stack([blend.score for blend in self.layers.values()])  # type: ignore[misc]
+
+
+class Blend(nn.Module):
+    """Stands where the MLP stood. `router` is None at layers that follow an earlier checkpoint's decision."""
+
+    def __init__(self, mlp: nn.Module, standin: nn.Module, router: nn.Module | None, control: Control, latch: bool):
+        super().__init__()
+        self.mlp = mlp
+        self.standin = standin
+        self.router = router
+        self.control = control
+        self.latch = latch
+        self.score: Tensor | None = None
+        self.entering: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mlp(x)
+        control = self.control
+        if not control.on:
+            return y
+        if self.router is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                score = self.router(x if self.entering is None else self.entering)
+            position = torch.arange(score.shape[1], device=score.device)
+            score = torch.where(position < control.sinks, NEVER, score)
+            if self.latch and control.running is not None:
+                score = torch.maximum(score, control.running)
+        else:
+            score = control.running
+        if self.latch:
+            control.running = score
+        self.score = score.detach()
+        soft = torch.sigmoid(control.limit - score)
+        hard = (score <= control.limit).to(soft.dtype)
+        keep = (hard + soft - soft.detach()).unsqueeze(-1)
+        return (keep * y + (1 - keep) * self.standin(x)).to(y.dtype)
+
+
+@contextlib.contextmanager
+def blended(
+    decoder: Decoder,
+    standins: dict[int, nn.Module],
+    routers: dict[int, nn.Module],
+    *,
+    latch: bool,
+    sinks: int,
+    compile_layers: bool = False,
+) -> Iterator[Control]:
+    """Put a Blend in the place of every gated MLP; on leaving, the model is as it was."""
+    control = Control(sinks=sinks)
+    undo: list[Any] = []
+    try:
+        for layer, standin in sorted(standins.items()):
+            branch = decoder.branches[layer]
+            if branch.entry is not branch.exit:
+                raise InputError(f"layer {layer} has no single MLP module ({branch.name}): it cannot be distilled")
+            owner, name = _owner(decoder.model, branch.name)
+            blend = Blend(branch.entry, standin, routers.get(layer), control, latch)
+            setattr(owner, name, blend)
+            undo.append((owner, name, branch.entry))
+            control.layers[layer] = blend
+            if latch and layer in routers:
+                undo.append(decoder.at_checkpoint(layer, partial(setattr, blend, "entering")))
+        if compile_layers:
+            for module in decoder.layers:
+                module.compile(dynamic=False)
+        yield control
+    finally:
+        for item in reversed(undo):
+            if isinstance(item, tuple):
+                setattr(*item)
+            else:
+                item.remove()
+        if compile_layers:
+            for module in decoder.layers:
+                module._compiled_call_impl = None
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name

@@ -1,0 +1,112 @@
+"""`distill` as the command runs it: text in, `sedac_gates.pth` with its measured curve out.
+
+report = distill(loaded, text, DistillOptions(minutes=8), Path("sedac_data/sedac_gates.pth"))
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_cli.artifacts.files import folder_lock, make_folder
+from sedac_cli.artifacts.gates_file import GatesFile
+from sedac_cli.artifacts.manifest import versions
+from sedac_cli.config import TextSpec
+from sedac_cli.corpus import Corpus
+from sedac_cli.errors import InputError
+from sedac_cli.models import LoadedModel
+from sedac_cli.pipeline import Progress, quiet_progress
+from sedac_cli.pipeline.distill.curve import measure_curve
+from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer, exported
+
+log = logging.getLogger("sedac")
+
+HELD_SHARE, MAX_HELD = 0.05, 192
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    file: Path
+    gate: str
+    layers: list[int]
+    steps: int
+    tokens: int
+    seconds: float
+    curve: list[dict[str, float]]
+    harm: dict[int, float]
+    standin_cost: float
+
+
+def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
+    """Full windows of token ids [N, T], int32."""
+    rows = [s for s in Corpus(text, tokenizer).samples() if len(s) == text.max_length]
+    if len(rows) < 20:
+        raise InputError(
+            f"{text.dataset} gives {len(rows)} full samples of {text.max_length} tokens; distillation needs at least 20",
+            hint="more text, or a smaller --max-length",
+        )
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def distill(
+    loaded: LoadedModel, text: TextSpec, options: DistillOptions, out: Path, resume: bool = False,
+    progress: Progress = quiet_progress,
+) -> DistillReport:  # fmt: skip
+    accelerator = _accelerator()
+    main = accelerator is None or accelerator.is_main_process
+    make_folder(out.parent)
+    windows = read_windows(text, loaded.tokenizer)
+    held_count = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
+    held, train = windows[order[:held_count]], windows[order[held_count:]]
+    state = out.with_suffix(".training.pt")
+    if not resume and main:
+        state.unlink(missing_ok=True)
+    trainer = Trainer(loaded, train, options, state, progress, accelerator)
+    trainer.run()
+    curve = measure_curve(trainer, held) if main else []
+    standins = {layer: exported(module, torch.bfloat16) for layer, module in trainer.standins.items()}
+    routers = {
+        layer: exported(module.probe if isinstance(module, LatchRouter) else module)
+        for layer, module in trainer.routers.items()
+    }
+    tokens = trainer.step * options.batch_size * text.max_length * (accelerator.num_processes if accelerator else 1)
+    recipe = {
+        "options": asdict(options),
+        "text": asdict(text),
+        "steps": trainer.step,
+        "tokens": tokens,
+        "seconds": trainer.elapsed,
+        "history": trainer.history,
+        "harm": trainer.harm,
+        "versions": versions(),
+    }
+    if main:
+        with folder_lock(out.parent):
+            GatesFile(options.gate, loaded.identity, options.sinks, routers, standins, curve, recipe).write(out)
+        state.unlink(missing_ok=True)
+    layer = trainer.layers[0]
+    share = trainer.standins[layer].flops() / _mlp_flops(loaded, layer)  # type: ignore[operator]
+    return DistillReport(
+        out, options.gate, list(trainer.layers), trainer.step, tokens, trainer.elapsed, curve, trainer.harm, share
+    )
+
+
+def _mlp_flops(loaded: LoadedModel, layer: int) -> float:
+    from sedac_cli.costs import branch_flops
+
+    return branch_flops(loaded.decoder.branches[layer].entry, loaded.model.config.get_text_config())
+
+
+def _accelerator() -> Any:
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    from accelerate import Accelerator
+
+    return Accelerator()

@@ -1,0 +1,95 @@
+"""Before training: the closed-form start of every stand-in, and which layers bear being skipped at all.
+
+One pass over some text gathers the moments of every MLP's input and output; ridge regression gives the best linear map.
+Then each layer alone is replaced by its stand-in, for every token, and the harm (KL to the dense model) is measured.
+
+    moments = gather(decoder, batches); standin = start(moments[7], rank=192)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sedac_cli.gpu.reference import linear_kl
+from sedac_cli.standins.lowrank import LowRank
+from sedac_cli.structure import Decoder
+
+
+@dataclass
+class Moments:
+    """Sums over tokens of [x, 1]^T [x, 1] and [x, 1]^T y for one MLP, float64."""
+
+    xx: Tensor
+    xy: Tensor
+    tokens: int = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1]).float()
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        self.xx += (x.T @ x).double()
+        self.xy += (x.T @ y.reshape(x.shape[0], -1).float()).double()
+        self.tokens += x.shape[0]
+
+
+@torch.no_grad()
+def gather(decoder: Decoder, batches: Iterable[Tensor]) -> dict[int, Moments]:
+    """Moments of every layer's MLP on the dense model's own states. `batches` are token ids [B, T]."""
+    size, device = decoder.hidden_size, decoder.device
+    moments = {
+        layer: Moments(
+            torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device),
+            torch.zeros(size + 1, size, dtype=torch.float64, device=device),
+        )
+        for layer in range(decoder.num_layers)
+    }
+    with ExitStack() as hooks:
+        for branch in decoder.branches:
+
+            def see(module: nn.Module, args: tuple[Tensor], y: Tensor, layer: int = branch.layer) -> None:
+                moments[layer].add(args[0], y)
+
+            hooks.callback(branch.entry.register_forward_hook(see).remove)
+        for ids in batches:
+            decoder.last_hidden(ids)
+    return moments
+
+
+def start(moments: Moments, rank: int, ridge: float = 1e-3) -> LowRank:
+    """The stand-in that is the best low-rank linear map, ridge-regularized."""
+    n = max(1, moments.tokens)
+    xx, xy = moments.xx / n, moments.xy / n
+    penalty = torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device) * ridge * xx.diagonal()[:-1].mean()
+    penalty[-1, -1] = 0
+    solution = torch.linalg.solve(xx + penalty, xy)
+    scale = xx.diagonal()[:-1].clamp_min(1e-8).sqrt()
+    return LowRank.from_linear(solution[:-1].cpu(), solution[-1].float().cpu(), rank, scale.cpu())
+
+
+@torch.no_grad()
+def harm_scan(decoder: Decoder, standins: dict[int, LowRank], batches: list[Tensor]) -> dict[int, float]:
+    """Mean KL (nats) to the dense model when one layer's MLP is replaced for every token, layer by layer."""
+    dense = [decoder.last_hidden(ids).flatten(0, 1) for ids in batches]
+    harm = {}
+    for branch in decoder.branches:
+        standin = standins[branch.layer]
+        handle = branch.exit.register_forward_hook(lambda m, args, y, s=standin: s(args[0]).to(y.dtype))
+        try:
+            total = [
+                linear_kl(d, decoder.last_hidden(ids).flatten(0, 1), decoder.head, decoder.vocab_size).mean()
+                for d, ids in zip(dense, batches, strict=True)
+            ]
+        finally:
+            handle.remove()
+        harm[branch.layer] = float(torch.stack(total).mean())
+    return harm
+
+
+def skippable(harm: dict[int, float], factor: float = 6.0) -> list[int]:
+    """Layers whose harm is within `factor` of the median one; the routers choose among them token by token."""
+    limit = factor * sorted(harm.values())[len(harm) // 2]
+    return [layer for layer, value in harm.items() if value <= limit]

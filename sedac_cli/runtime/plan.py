@@ -1,0 +1,90 @@
+"""A gate together with what stands in for the MLPs it skips: what every runtime needs to run.
+
+plan = make_plan("learned:sedac_data/sedac_gates.pth@0.25", loaded.decoder, loaded.identity)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sedac_cli.artifacts.gates_file import GatesFile
+from sedac_cli.artifacts.manifest import ModelIdentity
+from sedac_cli.errors import InputError, UsageError
+from sedac_cli.gates.base import Gate, Guards
+from sedac_cli.gates.cascade import CascadeGate
+from sedac_cli.gates.learned import LearnedGate, Router
+from sedac_cli.gates.registry import build_gate
+from sedac_cli.probes import LREProbe
+from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+from sedac_cli.structure import Decoder
+
+
+@dataclass(frozen=True)
+class Plan:
+    gate: Gate
+    standin: StandIn
+
+
+def make_plan(
+    spec: str, decoder: Decoder, identity: ModelIdentity | None = None, *, seed: int = 0, guards: Guards | None = None
+) -> Plan:
+    """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made; all others are gates with zero stand-ins."""
+    name, _, argument = spec.partition(":")
+    path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
+    if name in ("learned", "cascade", "fixed") and path.endswith(".pth"):
+        return plan_from_gates(Path(path), name, share, decoder, identity, guards)
+    if name == "learned":
+        raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
+    return Plan(build_gate(spec, decoder, guards=guards, seed=seed, identity=identity), ZeroStandIn())
+
+
+def plan_from_gates(
+    path: Path, name: str, share: str, decoder: Decoder, identity: ModelIdentity | None, guards: Guards | None
+) -> Plan:
+    found = GatesFile.read(path)
+    if found.kind != name:
+        raise UsageError(f"{path} holds gate '{found.kind}', not '{name}'", hint=f"{found.kind}:{path}")
+    if identity is not None:
+        found.model.require_same(identity, str(path))
+    try:
+        wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
+    except ValueError:
+        raise UsageError(f"'{share}' is not a share of MLPs to skip", hint=f"{name}:{path}@0.25") from None
+    limit = found.limit_for(wanted)
+    guards = guards or Guards(sinks=found.sinks)
+    standin = LowRankStandIns({layer: _load_standin(state) for layer, state in found.standins.items()})
+    if found.kind == "learned":
+        routers = {layer: _load_router(state, decoder, path) for layer, state in found.routers.items()}
+        return Plan(LearnedGate(decoder.num_layers, routers, limit, guards), standin)
+    probes = {layer: _load_probe(state) for layer, state in found.routers.items()}
+    threshold = float(torch.nn.functional.softplus(torch.tensor(-limit)))
+    last = decoder.num_layers - 1 - max(found.standins)
+    guards = Guards(guards.sinks, guards.first, max(guards.last, last), guards.prefill, guards.decode)
+    return Plan(CascadeGate(decoder.num_layers, probes, dict.fromkeys(probes, threshold), guards=guards), standin)
+
+
+def _load_router(state: dict[str, torch.Tensor], decoder: Decoder, path: Path) -> Router:
+    width = state["weight"].shape[0]
+    if width != decoder.hidden_size:
+        raise InputError(f"{path}: routers of width {width}, the model's states are {decoder.hidden_size} wide")
+    router = Router(width)
+    router.load_state_dict(state)
+    return router.requires_grad_(False)
+
+
+def _load_probe(state: dict[str, torch.Tensor]) -> LREProbe:
+    rank, width = state["proj.weight"].shape
+    probe = LREProbe(width, rank)
+    probe.load_state_dict(state)
+    return probe.eval().requires_grad_(False)
+
+
+def _load_standin(state: dict[str, torch.Tensor]) -> LowRank:
+    rank, width = state["a"].shape
+    module = LowRank(width, rank)
+    module.load_state_dict({key: value.float() for key, value in state.items()})
+    return module.requires_grad_(False)
