@@ -33,7 +33,7 @@ def distill(
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Training time, if not --steps.")] = None,
     batch_size: Annotated[int, option("Training", "--batch-size", min=1, help="Samples per step.")] = 16,
     lr: Annotated[float, option("Training", "--lr", min=1e-8, help="Peak learning rate of the stand-ins.")] = 2e-3,
-    router_lr: Annotated[float, option("Training", "--router-lr", min=1e-8, help="Peak rate of the routers.")] = 2e-3,
+    router_lr: Annotated[float, option("Training", "--router-lr", min=1e-8, help="Peak rate of the routers.")] = 3e-4,
     spread: Annotated[
         float, option("Training", "--spread", min=0, max=1, help="Share of samples trained at budgets off the target.")
     ] = 0.5,

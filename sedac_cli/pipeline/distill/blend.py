@@ -32,17 +32,44 @@ class Control:
     """What the blended layers share. `on=False` gives the dense model."""
 
     on: bool = True
-    limit: Tensor | None = None
+    limit: Tensor = field(default_factory=lambda: torch.zeros(0))
     sinks: int = 4
     running: Tensor | None = None
     layers: dict[int, Blend] = field(default_factory=dict)
 
     def start(self, limit: Tensor) -> None:
+        """Begin a pass with these limits [B, 1]."""
         self.limit, self.running = limit, None
 
     def scores(self) -> Tensor:
         """[gated layers, B, T] of the last pass, detached."""
         return torch.stack([blend.score for blend in self.layers.values()])  # type: ignore[misc]
+
+    def hold_budget(self) -> None:
+        """After backward: let the limits follow the scores, so that no router gains by lowering all of them alike.
+
+        A limit is a quantile of a sequence's scores; d limit / d score_i = s_i / sum(s), s the sigmoid's slope. Without
+        this term every score sinks (less skipping always helps), the sigmoids saturate and the routers learn nothing:
+        measured, KL 0.36 instead of 0.09 nats at a quarter skipped.
+        """
+        limit = self.limit
+        assert limit.grad is not None
+        scores = self.scores()
+        keep = torch.sigmoid(limit.detach() - scores)
+        slope = torch.where(scores > NEVER / 2, keep * (1 - keep), 0.0)
+        share = slope / slope.sum(dim=(0, 2), keepdim=True).clamp_min(1e-6)
+        torch.autograd.backward([self.scores_again()], [limit.grad.unsqueeze(0) * share])
+
+    def scores_again(self) -> Tensor:
+        """The last pass's scores from the inputs the routers saw, with a graph of the routers alone."""
+        rows: list[Tensor] = []
+        running: Any = None
+        for blend in self.layers.values():
+            if blend.router is not None:
+                score = blend.mask(blend.router(blend.seen))
+                running = score if not blend.latch or running is None else torch.maximum(score, running)
+            rows.append(running)
+        return torch.stack(rows)
 
 
 class Blend(nn.Module):
@@ -57,6 +84,11 @@ class Blend(nn.Module):
         self.latch = latch
         self.score: Tensor | None = None
         self.entering: Tensor | None = None
+        self.seen: Any = None
+
+    def mask(self, score: Tensor) -> Tensor:
+        position = torch.arange(score.shape[1], device=score.device)
+        return torch.where(position < self.control.sinks, NEVER, score)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mlp(x)
@@ -64,10 +96,10 @@ class Blend(nn.Module):
         if not control.on:
             return y
         if self.router is not None:
+            # detached: a router learns from its choice, the layers before it do not learn to please it
+            self.seen = (x if self.entering is None else self.entering).detach()
             with torch.autocast(x.device.type, enabled=False):
-                score = self.router(x if self.entering is None else self.entering)
-            position = torch.arange(score.shape[1], device=score.device)
-            score = torch.where(position < control.sinks, NEVER, score)
+                score = self.mask(self.router(self.seen))
             if self.latch and control.running is not None:
                 score = torch.maximum(score, control.running)
         else:

@@ -19,12 +19,19 @@ GRID = torch.linspace(0.02, 0.98, 49)
 class BudgetTable:
     """`share` counts skipped MLPs among all `layers`; only `governed` of them can be skipped."""
 
-    def __init__(self, governed: int, layers: int, device: torch.device, smoothing: float = 0.9):
+    def __init__(self, governed: int, layers: int, device: torch.device, smoothing: float = 0.7):
         self.ceiling = governed / layers
         self.grid = GRID.to(device)
         self.table = torch.zeros_like(self.grid)
         self.smoothing = smoothing
         self.seen = 0
+        self.usable = torch.ones((), device=device)
+        self.gain = torch.ones((), device=device)
+
+    @torch.no_grad()
+    def correct(self, wanted: Tensor, got: Tensor) -> None:
+        """Quantiles lag behind moving scores; what is still off after them is taken out by feedback."""
+        self.gain = (self.gain * (0.1 * (wanted - got) / wanted.clamp_min(0.02)).exp()).clamp(0.5, 2.0)
 
     @torch.no_grad()
     def update(self, scores: Tensor) -> None:
@@ -33,7 +40,6 @@ class BudgetTable:
         if flat.numel() > 200_000:
             flat = flat[torch.randint(flat.numel(), (200_000,), device=flat.device)]
         usable = flat > NEVER / 2
-        # the share of governed (token, layer) pairs that may skip at all scales the grid
         found = torch.quantile(flat[usable].float(), 1 - self.grid)
         weight = self.smoothing if self.seen else 0.0
         self.table = weight * self.table + (1 - weight) * found
@@ -42,7 +48,7 @@ class BudgetTable:
 
     def limits(self, shares: Tensor) -> Tensor:
         """Shares of all MLPs [B] -> limits [B, 1]. A share of 0 never skips."""
-        inner = (shares / (self.ceiling * self.usable)).clamp(0, 1)
+        inner = (self.gain * shares / (self.ceiling * self.usable)).clamp(0, 1)
         place = torch.searchsorted(self.grid, inner.contiguous()).clamp(1, len(self.grid) - 1)
         left, right = self.grid[place - 1], self.grid[place]
         part = ((inner - left) / (right - left)).clamp(0, 1)

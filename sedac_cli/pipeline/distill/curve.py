@@ -41,12 +41,15 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
         rows = []
         for share in shares:
             table = BudgetTable(len(trainer.layers), decoder.num_layers, device, smoothing=0.5)
+            table.gain = trainer.table.gain.clone()
             table.table, table.seen, table.usable = trainer.table.table.clone(), 1, trainer.table.usable
             wanted = torch.full((BATCH,), share, device=device)
             for ids in batches[:6]:
                 control.start(table.limits(wanted[: ids.shape[0]]))
                 decoder.last_hidden(ids)
+                got = (control.scores() > control.limit).float().mean() * table.ceiling
                 table.update(control.scores())
+                table.correct(wanted.mean(), got)
             limit = float(table.limits(wanted[:1]))
             sums = torch.zeros(5, dtype=torch.float64, device=device)
             for ids, before in zip(batches, dense, strict=True):

@@ -31,6 +31,8 @@ from sedac_cli.probes import LREProbe
 
 log = logging.getLogger("sedac")
 
+WARMUP_STEPS = 200
+
 
 @dataclass(frozen=True)
 class DistillOptions:
@@ -43,7 +45,7 @@ class DistillOptions:
     minutes: float | None = None
     batch_size: int = 16
     lr: float = 2e-3
-    router_lr: float = 2e-3
+    router_lr: float = 3e-4
     spread: float = 0.5
     sinks: int = 4
     seed: int = 0
@@ -160,7 +162,7 @@ class Trainer:
                 if done >= 1:
                     break
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * schedule(done)
+                    group["lr"] = group["peak"] * schedule(done) * min(1.0, (self.step + 1) / WARMUP_STEPS)
                 loss, skipped = self._step(control, done)
                 if not math.isfinite(loss):
                     raise InputError(f"the loss became {loss} at step {self.step}", hint="a smaller --lr")
@@ -200,15 +202,16 @@ class Trainer:
                 self.decoder.last_hidden(ids)
                 self.table.update(control.scores())
         shares = self._shares(ids.shape[0], done)
-        control.start(self.table.limits(shares))
+        control.start(self.table.limits(shares).requires_grad_())
         with autocast:
             gated = self.decoder.last_hidden(ids)
             loss = kl_loss(dense.flatten(0, 1), gated.flatten(0, 1), self.decoder)
         loss.backward()
+        control.hold_budget()
         scores = control.scores()
-        assert control.limit is not None
         skipped = (scores > control.limit).float().mean() * self.table.ceiling
         self.table.update(scores)
+        self.table.correct(shares.mean(), skipped)
         return float(loss.detach()), float(skipped)
 
     def _shares(self, count: int, done: float) -> Tensor:
@@ -253,7 +256,8 @@ class Trainer:
                 "optimizer": optimizer.state_dict(),
                 "table": self.table.table,
                 "seen": self.table.seen,
-                "usable": getattr(self.table, "usable", None),
+                "usable": self.table.usable,
+                "gain": self.table.gain,
                 "history": self.history,
                 "generator": self.generator.get_state(),
             },
@@ -276,16 +280,14 @@ class Trainer:
                 module.load_state_dict(state[name][layer])
         optimizer.load_state_dict(state["optimizer"])
         self.table.table, self.table.seen = state["table"].to(self.device), state["seen"]
-        self.table.usable = state["usable"].to(self.device)
+        self.table.usable, self.table.gain = state["usable"].to(self.device), state["gain"].to(self.device)
         self.generator.set_state(state["generator"])
         log.info("resumed at step %d, %.1f minutes in", self.step, self.elapsed / 60)
 
 
 def schedule(done: float) -> float:
-    """Linear warm-up over 3 %, then a cosine to 2 %."""
-    if done < 0.03:
-        return max(done, 0.001) / 0.03
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - 0.03) / 0.97))
+    """A cosine from 1 to 2 %; the warm-up counts steps, because the first step of a compiled run takes a minute."""
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def exported(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
