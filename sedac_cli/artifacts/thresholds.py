@@ -50,11 +50,13 @@ class Promise(Strict):
 
 class Thresholds(Strict):
     schema_version: int = SCHEMA
-    gate: Literal["fixed", "cascade"]
+    gate: Literal["fixed", "cascade", "soft"]
     batch_rule: Literal["token", "max"] = "token"
     layers: list[int]
     thresholds: list[float]
     probes: dict[int, ProbeFile]
+    parameters: dict[str, Any] = {}
+    """What else the gate was told (`soft`: decay, weights, floor; any: adaptive). The registry checks names and ranges."""
     guards: dict[str, Any]
     target_label: str
     found_by: dict[str, Any]

@@ -76,7 +76,9 @@ class EntropyGate(Gate):
         self.min_exit_layer: int = checked["min_exit_layer"]
         self.lens = lens
         if checks is None:
-            self.checks = self._default_checks()
+            self.checks = self.default_checks(
+                num_layers, self.threshold, self.anchor_interval, self.min_exit_layer, self.guards
+            )
         else:
             self.checks = sorted(set(checks))
             check_layers(self.checks, num_layers, "gate 'entropy' checks")
@@ -92,13 +94,17 @@ class EntropyGate(Gate):
         if not (self._sd > 0).all():
             raise UsageError("gate 'entropy': sd must be > 0")
 
-    def _default_checks(self) -> list[int]:
+    @classmethod
+    def default_checks(
+        cls, num_layers: int, threshold: float, anchor_interval: int, min_exit_layer: int, guards: Guards
+    ) -> list[int]:
         """The layer after each anchor (every layer when there are none) from which something could be skipped."""
-        every = range(max(1, self.min_exit_layer), self.num_layers - self.guards.last)
-        useful = [layer for layer in every if 1.2 * layer / self.num_layers > self.threshold]
-        if self.anchor_interval == 0:
-            return useful
-        return [layer for layer in useful if not self.anchor(layer) and self.anchor(layer - 1)]
+        return [
+            layer
+            for layer in range(max(1, min_exit_layer), num_layers - guards.last)
+            if 1.2 * layer / num_layers > threshold
+            and (anchor_interval == 0 or (anchor_interval > 1 and layer % anchor_interval == 1))
+        ]
 
     def anchor(self, layer: int) -> bool:
         return self.anchor_interval > 0 and layer % self.anchor_interval == 0
