@@ -25,16 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_cli.errors import UsageError
-from sedac_cli.gates.options import Option, check_options
+from sedac_cli.gates.options import REQUIRED, Option, check_options
 
 CORRECTION = 0.01
-
-OPTIONS = (
-    Option("calibration_steps", int, 50, "tokens a checkpoint sees before anything exits there", 1),
-    Option("alpha", float, 0.05, "weight of one token in the smoothed threshold", 0, 1, open_low=True),
-    Option("window", int, 256, "risks each checkpoint remembers", 8),
-)
 
 
 class AdaptiveThresholds:
@@ -43,16 +36,25 @@ class AdaptiveThresholds:
     `limits` [checkpoints] are the thresholds in force; 0 (nothing exits) until `calibration_steps` tokens have been seen.
     """
 
+    options = (
+        Option("rates", list, REQUIRED, "share of the tokens reaching a checkpoint that exit there, one each", 0, 1),
+        Option("calibration_steps", int, 50, "tokens a checkpoint sees before anything exits there", 1),
+        Option("alpha", float, 0.05, "weight of one token in the smoothed threshold", 0, 1, open_low=True),
+        Option("window", int, 256, "risks each checkpoint remembers", 8),
+    )
+
     def __init__(self, rates: Mapping[int, float], calibration_steps: int = 50, alpha: float = 0.05, window: int = 256):
-        values = {"calibration_steps": calibration_steps, "alpha": alpha, "window": window}
-        check_options(values, OPTIONS, "adaptive thresholds")
-        for layer, rate in rates.items():
-            if not 0.0 <= rate <= 1.0:
-                raise UsageError(f"the exit rate {rate} of layer {layer} is not between 0 and 1")
-        self.rates = {layer: float(rates[layer]) for layer in sorted(rates)}
-        self.calibration_steps = int(calibration_steps)
-        self.alpha = float(alpha)
-        self.window = int(window)
+        values = {
+            "rates": list(rates.values()),
+            "calibration_steps": calibration_steps,
+            "alpha": alpha,
+            "window": window,
+        }
+        values = check_options(values, self.options, "adaptive thresholds:")
+        self.rates: dict[int, float] = dict(sorted(zip(rates, values["rates"], strict=True)))
+        self.calibration_steps: int = values["calibration_steps"]
+        self.alpha: float = values["alpha"]
+        self.window: int = values["window"]
         self.learning = True
         count = len(self.rates)
         self._rate = torch.tensor(list(self.rates.values()))

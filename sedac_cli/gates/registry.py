@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sedac_cli.errors import InputError, UsageError, did_you_mean
-from sedac_cli.gates.adaptive import OPTIONS as ADAPTIVE_OPTIONS
 from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
@@ -40,7 +39,7 @@ def build_gate(
     adaptive: AdaptiveThresholds | None = None,
 ) -> Gate:
     """A gate from its spec. `guards` go before those of a spec or file; `adaptive` before the thresholds of a file."""
-    name, colon, argument = (part.strip() for part in spec.partition(":"))
+    name, _, argument = (part.strip() for part in spec.partition(":"))
     if name not in GATES:
         raise UsageError(
             f"there is no gate '{name}'.{did_you_mean(name, list(GATES))}", hint="gates: " + ", ".join(GATES)
@@ -102,15 +101,13 @@ def gate_from_thresholds(
 
 
 def _adaptive(written: Any, layers: list[int], where: str) -> AdaptiveThresholds:
-    if not isinstance(written, Mapping) or not isinstance(written.get("rates"), list):
-        raise InputError(f"{where}: adaptive needs 'rates', a list with one exit rate per layer")
-    values = dict(written)
+    if not isinstance(written, Mapping):
+        raise InputError(f"{where}: adaptive is {type(written).__name__}, expected its options by name")
+    values = check_options(written, AdaptiveThresholds.options, f"{where}, adaptive,")
     rates = values.pop("rates")
     if len(rates) != len(layers):
         raise InputError(f"{where}: {len(rates)} adaptive rates for {len(layers)} layers")
-    return AdaptiveThresholds(
-        dict(zip(layers, rates, strict=True)), **check_options(values, ADAPTIVE_OPTIONS, f"{where}, adaptive")
-    )
+    return AdaptiveThresholds(dict(zip(layers, rates, strict=True)), **values)
 
 
 def _entropy_gate(values: dict[str, Any], decoder: Decoder, guards: Guards | None) -> EntropyGate:
