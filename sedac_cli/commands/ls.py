@@ -72,7 +72,7 @@ def list_models(out: Output) -> None:
         ],
         caption="--model also takes a local folder or a hub id.",
     )
-    out.result(models)
+    out.result({"models": models})
 
 
 def list_datasets(out: Output) -> None:
@@ -85,4 +85,4 @@ def list_datasets(out: Output) -> None:
         [(t["name"], t["split"], f"{t['bytes'] / 1e6:.2f}") for t in texts],
         caption="--dataset also takes a .txt, .jsonl, .parquet or .csv file, a folder of them, or a hub name.",
     )
-    out.result(texts)
+    out.result({"datasets": texts})

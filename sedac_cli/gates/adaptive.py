@@ -44,17 +44,12 @@ class AdaptiveThresholds:
     )
 
     def __init__(self, rates: Mapping[int, float], calibration_steps: int = 50, alpha: float = 0.05, window: int = 256):
-        values = {
-            "rates": list(rates.values()),
-            "calibration_steps": calibration_steps,
-            "alpha": alpha,
-            "window": window,
-        }
-        values = check_options(values, self.options, "adaptive thresholds:")
-        self.rates: dict[int, float] = dict(sorted(zip(rates, values["rates"], strict=True)))
-        self.calibration_steps: int = values["calibration_steps"]
-        self.alpha: float = values["alpha"]
-        self.window: int = values["window"]
+        given = {"calibration_steps": calibration_steps, "alpha": alpha, "window": window}
+        checked = check_options({"rates": list(rates.values()), **given}, self.options, "adaptive thresholds:")
+        self.rates: dict[int, float] = dict(sorted(zip(rates, checked["rates"], strict=True)))
+        self.calibration_steps: int = checked["calibration_steps"]
+        self.alpha: float = checked["alpha"]
+        self.window: int = checked["window"]
         self.learning = True
         count = len(self.rates)
         self._rate = torch.tensor(list(self.rates.values()))

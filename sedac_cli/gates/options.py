@@ -42,7 +42,9 @@ class Option:
             return whole + "any"
         if self.high == math.inf:
             return f"{whole}{'>' if self.open_low else '>='} {self.low:g}"
-        return f"{whole}{self.low:g} {'<' if self.open_low else '..'} {self.high:g}"
+        if self.open_low:
+            return f"{whole}> {self.low:g}, up to {self.high:g}"
+        return f"{whole}{self.low:g} .. {self.high:g}"
 
     @property
     def shown_default(self) -> str:

@@ -118,7 +118,7 @@ def _entropy_gate(values: dict[str, Any], decoder: Decoder, guards: Guards | Non
     checks = None if values["checks"] is None else [_whole(number, where) for number in values["checks"]]
     if checks is None:
         checks = EntropyGate.default_checks(layers, guards=guards, **rule)
-    statistics = {name: _per_check(values[name], checks, name) for name in ("mean", "sd")}
+    mean, sd = (_per_check(values[name], checks, name) for name in ("mean", "sd"))
     lens: Lens
     if values["lens"] == "head":
         lens = HeadLens(decoder)
@@ -127,7 +127,7 @@ def _entropy_gate(values: dict[str, Any], decoder: Decoder, guards: Guards | Non
         if not folder.is_dir():
             raise UsageError(f"gate 'entropy': lens is 'head' or a folder of probes, not '{folder}'")
         lens = ProbeLens({layer: load_probe(folder / probe_name(layer), decoder.hidden_size) for layer in checks})
-    return EntropyGate(layers, lens, **statistics, **rule, checks=checks, guards=guards)
+    return EntropyGate(layers, lens, mean, sd, **rule, checks=checks, guards=guards)
 
 
 def _per_check(values: list[float], checks: list[int], name: str) -> float | dict[int, float]:
