@@ -124,7 +124,9 @@ class AdaptiveThresholds:
             "window": self.window,
         }
 
+    @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> AdaptiveThresholds:
+        """Never inference tensors: those could not be taught by a later pass outside inference mode."""
         for name in ("limits", "_rate", "_smooth", "_aim", "_seen", "_risks"):
             setattr(self, name, getattr(self, name).to(device))
         return self
