@@ -55,7 +55,8 @@ def deep_forward(
     `cache`: past key values to go on from (a decode step); each round takes its own entries back before the next one
     writes them. Adaptive thresholds learn from the first pass only: the others repeat its tokens.
     """
-    start = _cached(cache)
+    if cache is not None and not hasattr(cache, "crop"):
+        raise UsageError(f"deep thinking needs a cache it can take entries back from; {type(cache).__name__} cannot")
     ids = input_ids.to(decoder.device)
     real = _real(attention_mask, ids)
     with skipping(decoder.model, gate, standin, decoder=decoder) as run:
@@ -81,7 +82,7 @@ def deep_forward(
                     break
                 force = wanted
                 if cache is not None:
-                    cache.crop(start)
+                    cache.crop(-ids.shape[1])
                 run.force = force
                 logits = forward().logits
                 entropy = _entropy(logits)
@@ -99,14 +100,6 @@ def _real(mask: Tensor | None, ids: Tensor) -> Tensor:
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
     return mask.to(ids.device)[:, -ids.shape[1] :].bool()
-
-
-def _cached(cache: Any) -> int:
-    if cache is None:
-        return 0
-    if not hasattr(cache, "crop"):
-        raise UsageError(f"deep thinking needs a cache it can take entries back from; {type(cache).__name__} cannot")
-    return int(cache.get_seq_length())
 
 
 def _not_learning(gate: Gate) -> contextlib.AbstractContextManager[None]:
