@@ -130,7 +130,8 @@ def test_a_decode_step_takes_its_cache_entries_back(decoder, ids):
 
 def test_adaptive_thresholds_count_each_token_once(decoder, ids):
     gate = FixedGate(4, {1: random_probe(32)}, AdaptiveThresholds({1: 0.5}, calibration_steps=1))
-    deep_forward(decoder, gate, ids, policy=DeepThinking(0.0))
+    tau = gated(decoder, ids)[1].median().item()
+    assert deep_forward(decoder, gate, ids, policy=DeepThinking(tau)).passes == 2
     assert gate.adaptive._seen.tolist() == [ids.numel()]
     assert gate.adaptive.learning
 
