@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sedac_cli.artifacts.files import read_json, sha256_file, write_json
 from sedac_cli.artifacts.manifest import ModelIdentity, Strict
@@ -50,11 +50,13 @@ class Promise(Strict):
 
 class Thresholds(Strict):
     schema_version: int = SCHEMA
-    gate: Literal["fixed", "cascade"]
+    gate: Literal["fixed", "cascade", "soft"]
     batch_rule: Literal["token", "max"] = "token"
     layers: list[int]
     thresholds: list[float]
     probes: dict[int, ProbeFile]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """What else the gate was told (`soft`: decay, weights, floor; any: adaptive). The registry checks names and ranges."""
     guards: dict[str, Any]
     target_label: str
     found_by: dict[str, Any]

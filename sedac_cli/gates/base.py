@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import UsageError
+from sedac_cli.gates.options import Option
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Gate:
 
     name = "gate"
     summary = ""
+    form = ""
+    """How a user writes it."""
+    options: tuple[Option, ...] = ()
+    """What it can be told: one table serves parsing, files and `sedac ls gates`."""
     looks_at: Literal["entry", "mlp"] = "entry"
     """`entry`: the state entering the layer (the checkpoint rules). `mlp`: the MLP's own input."""
     trivial = False
@@ -83,13 +88,17 @@ class Gate:
         position: Tensor | None = None,
         real: Tensor | None = None,
         prefill: bool = True,
+        force: Tensor | None = None,
     ) -> TokenState:
-        """Fresh state for one forward pass. `position` counts from 0 in each sequence; padding is not `real`."""
+        """Fresh state for one forward pass. `position` counts from 0 in each sequence; padding is not `real`; tokens of
+        `force` run every MLP whatever the rule says."""
         real = torch.ones(tokens, dtype=torch.bool, device=device) if real is None else real
         may_skip = real & (self.guards.prefill if prefill else self.guards.decode)
         if self.guards.sinks:
             position = torch.arange(tokens, device=device) if position is None else position
             may_skip = may_skip & (position >= self.guards.sinks)
+        if force is not None:
+            may_skip = may_skip & ~force
         state = TokenState(
             shape=shape or (1, tokens),
             scale=torch.ones(tokens, device=device),

@@ -7,19 +7,23 @@ At checkpoint l a token fires when risk_l(h) < t_l; a token that has fired at an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sedac_cli.errors import UsageError
-from sedac_cli.gates.base import Gate, Guards, TokenState, check_layers
+from sedac_cli.gates.adaptive import AdaptiveThresholds
+from sedac_cli.gates.base import Guards, TokenState
+from sedac_cli.gates.options import REQUIRED, Option
+from sedac_cli.gates.probed import ProbeGate
 from sedac_cli.probes import LREProbe
 
 BatchRule = Literal["token", "max"]
 
 
-class CascadeGate(Gate):
+class CascadeGate(ProbeGate):
     """latch_l = latch_{l-1} or (risk_l < t_l) at the checkpoints; scale = 0 where latched.
 
     batch rule `token`: each token for itself. `max`: the tokens that share a position in a batch (those one decode step
@@ -28,34 +32,26 @@ class CascadeGate(Gate):
 
     name = "cascade"
     summary = "a probe at each checkpoint; the first whose risk is under its threshold ends all later MLPs"
+    form = "cascade:sedac_data/thresholds.json"
+    options = (
+        Option("thresholds", list, REQUIRED, "risk under which a token exits, per checkpoint (from the file)", 0),
+        Option(
+            "batch_rule", str, "token", "max: a decode step exits only if all its tokens do", choices=("token", "max")
+        ),
+    )
 
     def __init__(
         self,
         num_layers: int,
-        probes: dict[int, LREProbe],
-        thresholds: dict[int, float],
+        probes: Mapping[int, LREProbe],
+        thresholds: Mapping[int, float] | AdaptiveThresholds,
         batch_rule: BatchRule = "token",
         guards: Guards | None = None,
     ):
-        super().__init__(num_layers, guards)
-        if not probes or set(probes) != set(thresholds):
-            raise UsageError(f"probes for layers {sorted(probes)} but thresholds for layers {sorted(thresholds)}")
+        super().__init__(num_layers, probes, thresholds, guards)
         if batch_rule not in ("token", "max"):
             raise UsageError(f"batch rule '{batch_rule}' is not known: token or max")
-        check_layers(probes, num_layers, self.name)
-        self.checkpoints = sorted(probes)
-        self.probes = {layer: probes[layer] for layer in self.checkpoints}
         self.batch_rule = batch_rule
-        self.limits = torch.tensor([float(thresholds[layer]) for layer in self.checkpoints])
-        if torch.isnan(self.limits).any():
-            raise UsageError("a threshold is NaN")
-
-    @property
-    def thresholds(self) -> dict[int, float]:
-        return dict(zip(self.checkpoints, self.limits.tolist(), strict=True))
-
-    def reads(self, layer: int) -> bool:
-        return layer in self.probes
 
     def prepare(self, state: TokenState) -> None:
         state.memory["latched"] = torch.zeros_like(state.may_skip)
@@ -63,25 +59,15 @@ class CascadeGate(Gate):
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
         latched = state.memory["latched"]
         if layer in self.probes:
-            assert hidden is not None
-            risk = self.probes[layer](hidden)
-            state.memory["risk"] = risk
-            fires = risk < self.limits[self.checkpoints.index(layer)]
+            risk, limit = self.look(layer, hidden, state, reached=state.may_skip & ~latched)
+            fires = risk < limit
             if self.batch_rule == "max":
                 fires = _all_of_a_step(fires | latched | ~state.real, state.shape)
             latched |= fires & state.may_skip
         return (~latched).float()
 
     def parameters(self) -> dict[str, Any]:
-        return {"checkpoints": self.checkpoints, "thresholds": self.limits.tolist(), "batch_rule": self.batch_rule}
-
-    def to(self, device: torch.device | str) -> CascadeGate:
-        self.limits = self.limits.to(device)
-        self.probes = {layer: probe.to(device) for layer, probe in self.probes.items()}
-        return self
-
-    def cost_per_token(self, hidden_size: int) -> dict[int, float]:
-        return {layer: 2.0 * (hidden_size + 1) * probe.rank for layer, probe in self.probes.items()}
+        return super().parameters() | {"batch_rule": self.batch_rule}
 
 
 class FixedGate(CascadeGate):
@@ -89,12 +75,13 @@ class FixedGate(CascadeGate):
 
     name = "fixed"
     summary = "one probe at one layer; a risk under the threshold ends all later MLPs"
+    form = "fixed:sedac_data/thresholds.json"
 
     def __init__(
         self,
         num_layers: int,
-        probes: dict[int, LREProbe],
-        thresholds: dict[int, float],
+        probes: Mapping[int, LREProbe],
+        thresholds: Mapping[int, float] | AdaptiveThresholds,
         batch_rule: BatchRule = "token",
         guards: Guards | None = None,
     ):

@@ -1,25 +1,34 @@
-"""Gates by name, and the one-line specs users write: `never`, `always:14`, `random:0.3`, `cascade:thresholds.json`.
+"""Gates by name, and the one-line specs users write: `never`, `always:14`, `stability:tau=0.9,k=3`, `cascade:FILE`.
 
 gate = build_gate("cascade:sedac_data/thresholds.json", decoder)
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sedac_cli.errors import UsageError, did_you_mean
+from sedac_cli.errors import InputError, UsageError, did_you_mean
+from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
+from sedac_cli.gates.entropy import EntropyGate
+from sedac_cli.gates.lens import HeadLens, Lens, ProbeLens
+from sedac_cli.gates.options import check_options, parse_options
 from sedac_cli.gates.simple import AlwaysGate, NeverGate, RandomGate
-from sedac_cli.probes import load_probe
+from sedac_cli.gates.soft import SoftGate
+from sedac_cli.gates.stability import StabilityGate
+from sedac_cli.probes import load_probe, probe_name
 
 if TYPE_CHECKING:
     from sedac_cli.artifacts.manifest import ModelIdentity
     from sedac_cli.artifacts.thresholds import Thresholds
     from sedac_cli.structure import Decoder
 
-GATES: dict[str, type[Gate]] = {g.name: g for g in (NeverGate, AlwaysGate, RandomGate, FixedGate, CascadeGate)}
+GATES: dict[str, type[Gate]] = {
+    g.name: g for g in (NeverGate, AlwaysGate, RandomGate, FixedGate, CascadeGate, SoftGate, StabilityGate, EntropyGate)
+}
 
 
 def build_gate(
@@ -29,20 +38,30 @@ def build_gate(
     guards: Guards | None = None,
     seed: int = 0,
     identity: ModelIdentity | None = None,
+    adaptive: AdaptiveThresholds | None = None,
 ) -> Gate:
-    """A gate from its spec. Gates with thresholds take a file; its guards hold unless others are given, and a file
-    made for a model other than `identity` is refused."""
-    name, _, argument = spec.partition(":")
+    """A gate from its spec. `guards` go before those of a spec or file; `adaptive` before the thresholds of a file;
+    a file made for a model other than `identity` is refused."""
+    name, _, argument = (part.strip() for part in spec.partition(":"))
     if name not in GATES:
         raise UsageError(
             f"there is no gate '{name}'.{did_you_mean(name, list(GATES))}", hint="gates: " + ", ".join(GATES)
         )
+    if adaptive is not None and name not in ("fixed", "cascade", "soft"):
+        raise UsageError(f"gate '{name}' has no thresholds to adapt", hint="fixed, cascade and soft have")
     layers = decoder.num_layers
     if name == "never":
+        if argument:
+            raise UsageError(f"gate 'never' takes no argument, not '{argument}'")
         return NeverGate(layers, guards)
+    if name == "stability":
+        values = parse_options(argument, StabilityGate.options, "gate 'stability'")
+        own = Guards(**{key: values.pop(key) for key in ("sinks", "first", "last")})
+        return StabilityGate(layers, **values, guards=guards or own)
+    if name == "entropy":
+        return _entropy_gate(parse_options(argument, EntropyGate.options, "gate 'entropy'"), decoder, guards)
     if not argument:
-        form = {"always": "always:14", "random": "random:0.3"}.get(name, f"{name}:sedac_data/thresholds.json")
-        raise UsageError(f"gate '{name}' needs an argument", hint=form)
+        raise UsageError(f"gate '{name}' needs an argument", hint=GATES[name].form)
     if name == "always":
         return AlwaysGate(layers, int(_number(argument, spec, whole=True)), guards)
     if name == "random":
@@ -55,11 +74,16 @@ def build_gate(
         raise UsageError(f"{argument} is for gate '{found.gate}', not '{name}'", hint=f"{found.gate}:{argument}")
     if identity is not None:
         found.model.require_same(identity, argument)
-    return gate_from_thresholds(found, Path(argument).parent, decoder, guards=guards)
+    return gate_from_thresholds(found, Path(argument).parent, decoder, guards=guards, adaptive=adaptive)
 
 
 def gate_from_thresholds(
-    thresholds: Thresholds, folder: Path, decoder: Decoder, *, guards: Guards | None = None
+    thresholds: Thresholds,
+    folder: Path,
+    decoder: Decoder,
+    *,
+    guards: Guards | None = None,
+    adaptive: AdaptiveThresholds | None = None,
 ) -> Gate:
     """The gate a thresholds file describes, with its probes from the same folder, checked against the model's width."""
     probes = {}
@@ -67,8 +91,65 @@ def gate_from_thresholds(
         probe.verify(folder)
         probes[layer] = load_probe(folder / probe.file, decoder.hidden_size)
     guards = guards or Guards(**thresholds.guards)
+    where = f"the file of gate '{thresholds.gate}'"
+    told = dict(thresholds.parameters)
+    written = told.pop("adaptive", None)
+    if adaptive is None and written is not None:
+        adaptive = _adaptive(written, thresholds.layers, where)
+    limits = adaptive or thresholds.by_layer
+    soft = [option for option in SoftGate.options if option.name != "thresholds"]
+    told = check_options(told, soft if thresholds.gate == "soft" else (), where)
+    if thresholds.gate == "soft":
+        return SoftGate(decoder.num_layers, probes, limits, **told, guards=guards)
     kind = {"fixed": FixedGate, "cascade": CascadeGate}[thresholds.gate]
-    return kind(decoder.num_layers, probes, thresholds.by_layer, thresholds.batch_rule, guards)
+    return kind(decoder.num_layers, probes, limits, thresholds.batch_rule, guards)
+
+
+def _adaptive(written: Any, layers: list[int], where: str) -> AdaptiveThresholds:
+    if not isinstance(written, Mapping):
+        raise InputError(f"{where}: adaptive is {type(written).__name__}, expected its options by name")
+    values = check_options(written, AdaptiveThresholds.options, f"{where}, adaptive,")
+    rates = values.pop("rates")
+    if len(rates) != len(layers):
+        raise InputError(f"{where}: {len(rates)} adaptive rates for {len(layers)} layers")
+    return AdaptiveThresholds(dict(zip(layers, rates, strict=True)), **values)
+
+
+def _entropy_gate(values: dict[str, Any], decoder: Decoder, guards: Guards | None) -> EntropyGate:
+    layers = decoder.num_layers
+    guards = guards or Guards(sinks=values["sinks"], first=values["first"], last=values["last"])
+    rule = {key: values[key] for key in ("threshold", "anchor_interval", "min_exit_layer")}
+    where = "gate 'entropy': checks"
+    checks = None if values["checks"] is None else [_whole(number, where) for number in values["checks"]]
+    if checks is None:
+        checks = EntropyGate.default_checks(layers, guards=guards, **rule)
+    mean, sd = (_per_check(values[name], checks, name) for name in ("mean", "sd"))
+    lens: Lens
+    if values["lens"] == "head":
+        lens = HeadLens(decoder)
+    else:
+        folder = Path(values["lens"])
+        if not folder.is_dir():
+            raise UsageError(f"gate 'entropy': lens is 'head' or a folder of probes, not '{folder}'")
+        lens = ProbeLens({layer: load_probe(folder / probe_name(layer), decoder.hidden_size) for layer in checks})
+    return EntropyGate(layers, lens, mean, sd, **rule, checks=checks, guards=guards)
+
+
+def _per_check(values: list[float], checks: list[int], name: str) -> float | dict[int, float]:
+    if len(values) == 1:
+        return values[0]
+    if len(values) != len(checks):
+        raise UsageError(
+            f"gate 'entropy': {len(values)} values of {name} for {len(checks)} checks",
+            hint=f"one for all, or one each for layers {'/'.join(map(str, checks)) or '(none)'}",
+        )
+    return dict(zip(checks, values, strict=True))
+
+
+def _whole(number: float, where: str) -> int:
+    if number != int(number):
+        raise UsageError(f"{where}: {number} is not a layer")
+    return int(number)
 
 
 def _number(text: str, spec: str, whole: bool = False) -> float:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate, Guards, TokenState
+from sedac_cli.gates.options import REQUIRED, Option
 
 
 class NeverGate(Gate):
     """scale = 1 everywhere: the model untouched."""
 
-    name = "never"
+    name = form = "never"
     summary = "every MLP runs; bit-identical to the stock model"
     trivial = True
 
@@ -30,6 +31,8 @@ class AlwaysGate(Gate):
 
     name = "always"
     summary = "every MLP from layer l on is skipped, for every token"
+    form = "always:14"
+    options = (Option("layer", int, REQUIRED, "the first layer whose MLP is skipped", 0),)
 
     def __init__(self, num_layers: int, layer: int, guards: Guards | None = None):
         super().__init__(num_layers, guards)
@@ -49,6 +52,8 @@ class RandomGate(Gate):
 
     name = "random"
     summary = "each MLP of each token is skipped with probability p"
+    form = "random:0.3"
+    options = (Option("probability", float, REQUIRED, "chance that a token skips a layer's MLP", 0, 1),)
 
     def __init__(self, num_layers: int, probability: float, seed: int = 0, guards: Guards | None = None):
         super().__init__(num_layers, guards)

@@ -43,6 +43,8 @@ class SkipRun:
     keep_passes: bool = False
     passes: list[Pass] = field(default_factory=list)
     on_pass: Callable[[Pass], None] | None = None
+    force: Tensor | None = None
+    """[B, T] of the next passes: tokens that run every MLP whatever the gate says. None: nobody."""
 
     def __post_init__(self) -> None:
         device = self.decoder.device
@@ -133,9 +135,11 @@ class _Installed:
         device = self.run.decoder.device
         past = _past_length(kwargs)
         position, real = _positions(shape, kwargs.get("attention_mask"), past, device)
+        force = None if self.run.force is None else self.run.force.to(device).reshape(-1)
         self.state = self.gate.start(
-            shape[0] * shape[1], device, shape=shape, position=position, real=real, prefill=past == 0 or shape[1] > 1
-        )
+            shape[0] * shape[1], device, shape=shape, position=position, real=real,
+            prefill=past == 0 or shape[1] > 1, force=force,
+        )  # fmt: skip
         self.counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
     @torch.no_grad()

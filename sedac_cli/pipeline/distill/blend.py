@@ -34,7 +34,7 @@ class Control:
     on: bool = True
     limit: Tensor = field(default_factory=lambda: torch.zeros(0))
     sinks: int = 4
-    running: Tensor | None = None
+    running: Any = None
     layers: dict[int, Blend] = field(default_factory=dict)
 
     def start(self, limit: Tensor) -> None:
