@@ -88,8 +88,7 @@ class Decoder:
 
     def last_hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[B, T, H]: what the output head reads; no logits are made."""
-        base = getattr(self.model, self.model.base_model_prefix)
-        return base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return self._base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden rows as the model itself would give them, soft caps and scales included."""
@@ -126,6 +125,11 @@ class Decoder:
                 f"(logits differ by up to {(own - ours.to(own.device)).abs().max().item():.3g})"
             )
 
+    @property
+    def _base(self) -> nn.Module:
+        """The part of the model that owns the layers; what the head reads comes out of it."""
+        return next(child for child in self.model.children() if any(m is self.backbone for m in child.modules()))
+
     def _probe_ids(self) -> Tensor:
         return torch.arange(4, device=self.device).unsqueeze(0) % self.vocab_size
 
@@ -145,7 +149,8 @@ def find_decoder(model: Any) -> Decoder:
     for field in ("hidden_size", "vocab_size"):
         if not isinstance(getattr(config, field, None), int):
             raise InputError(f"the config of {kind} names no {field}: not one decoder over tokens\n{describe(model)}")
-    backbone, layers = _find_layers(model, getattr(config, "num_hidden_layers", None))
+    expected = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
+    backbone, layers = _find_layers(model, expected)
     names = {id(module): name for name, module in model.named_modules()}
     branches = tuple(_find_branch(i, layer, names[id(layer)]) for i, layer in enumerate(layers))
     return Decoder(

@@ -11,6 +11,7 @@ result is scattered back; `generate`, caches and batches work unchanged because 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 import weakref
@@ -21,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_cli.errors import UsageError
+from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
-from sedac_cli.runtime.positions import positions
+from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.structure import RESIDUAL, Branch, Decoder, find_decoder
 
@@ -147,8 +148,9 @@ class _Installed:
         ids = called.get("input_ids")
         shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])
         device = self.run.decoder.device
-        past = _past_length(called.get("past_key_values"))
-        position, real = positions(shape, called.get("attention_mask"), called.get("position_ids"), past, device)
+        mask = called.get("attention_mask")
+        past = past_length(called.get("past_key_values"))
+        position, real = positions(shape, mask, called.get("position_ids"), past, device)
         self.state = self.gate.start(
             shape[0] * shape[1], device, shape=shape, position=position, real=real, prefill=past == 0 or shape[1] > 1
         )
@@ -204,13 +206,18 @@ class _Installed:
 
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.saved.append((module, module.__dict__.get("forward")))
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = functools.update_wrapper(forward, module.forward)  # type: ignore[method-assign, assignment]
 
     def active_rows(self, layer: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
         """(indices of rows to run, scale), or None when every row runs unscaled and the MLP is left alone."""
         state = self.state
         if state is None:
             return None
+        if flat.shape[0] != state.scale.shape[0]:
+            raise InputError(
+                f"the MLP of layer {layer} sees {flat.shape[0]} rows where {state.scale.shape[0]} tokens went in: "
+                "a model that adds, drops or repeats rows cannot be gated"
+            )
         if self.gate.looks_at == "mlp":
             self.gate.decide(layer, flat.to(state.scale.device), state)
         skips = state.scale == 0
@@ -331,7 +338,3 @@ def _packed(value: Any, rows: Tensor, lead: tuple[int, ...]) -> Any:
         return value
     tail = value.shape[len(lead) :]
     return value.reshape(-1, *tail)[rows].view(*[1] * (len(lead) - 1), rows.numel(), *tail)
-
-
-def _past_length(cache: Any) -> int:
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
