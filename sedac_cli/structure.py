@@ -185,7 +185,8 @@ def _find_layers(model: nn.Module, expected: int | None) -> tuple[nn.Module, lis
             f"no list of {expected} decoder layers in {type(model).__name__} (lists with attention found: {counts})\n"
             + describe(model)
         )
-    embedding = model.get_input_embeddings()  # type: ignore[operator]  # a vision tower may have as many layers
+    # A vision tower may have as many layers; the language model is the one that owns the token embeddings.
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
     return max(exact, key=lambda pair: (any(m is embedding for m in pair[0].modules()), len(pair[1])))
 
 

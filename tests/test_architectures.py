@@ -410,6 +410,22 @@ def test_an_encoder_decoder_is_refused():
     assert "T5Stack" in refusal.value.message
 
 
+def test_a_vision_tower_of_as_many_layers_is_not_taken_for_the_language_model():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text = size | {"vocab_size": 97, "num_key_value_heads": 2, "head_dim": 8}
+    vision = size | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    decoder = find_decoder(model)
+    assert decoder.backbone is model.model.language_model
+    decoder.check_head()
+    with skipping(model, "always:1") as run:
+        model(input_ids=ids_for(1, 5))
+    assert run.skipped_per_layer == [0, 5, 5]
+
+
 def test_a_model_that_adds_rows_is_refused_when_it_runs():
     """ProphetNet carries its predicted n-grams through the layers as further rows."""
     from transformers import ProphetNetConfig, ProphetNetForCausalLM

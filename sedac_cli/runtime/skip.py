@@ -112,6 +112,7 @@ class _Installed:
         self.counts: Tensor | None = None
         self.skipped = torch.zeros_like(run._skipped)
         self.began = 0.0
+        self.signature = inspect.signature(run.decoder.backbone.forward)
 
     def install(self) -> None:
         backbone = self.run.decoder.backbone
@@ -143,7 +144,7 @@ class _Installed:
     @torch.no_grad()
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.began = time.perf_counter()
-        called = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        called = self.signature.bind_partial(*args, **kwargs).arguments
         called |= called.pop("kwargs", {})
         ids = called.get("input_ids")
         shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])

@@ -278,7 +278,7 @@ def test_standin_and_blend_in_every_kind_of_mlp(family, scale):
 
 
 def test_a_standin_that_returns_its_input_does_not_overwrite_it():
-    model = tiny_model("bloom")
+    model = tiny_model()
     ids = ids_for(model)
     seen = []
     find_decoder(model).branches[0].entry.register_forward_pre_hook(lambda m, args: seen.append((args[0], args[0] + 0)))
