@@ -11,7 +11,10 @@ result is scattered back; `generate`, caches and batches work unchanged because 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
+from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.standins import StandIn, ZeroStandIn
-from sedac_cli.structure import Branch, Decoder, find_decoder
+from sedac_cli.structure import RESIDUAL, Branch, Decoder, find_decoder
+
+_OPEN: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Backbones with a gate in force: two gates at once would decide about each other's leftovers."""
 
 
 @dataclass
@@ -78,6 +86,8 @@ def skipping(
 ) -> Iterator[SkipRun]:
     """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was."""
     decoder = decoder or find_decoder(model)
+    if decoder.backbone in _OPEN:
+        raise UsageError(f"a gate is already in force in this {type(model).__name__}", hint="leave its context first")
     if isinstance(gate, str):
         from sedac_cli.runtime.plan import make_plan
 
@@ -85,8 +95,8 @@ def skipping(
         gate, standin = plan.gate, standin or plan.standin
     run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass)
     installed = _Installed(run, standin or ZeroStandIn())
-    installed.install()
     try:
+        installed.install()
         yield run
     finally:
         installed.remove()
@@ -103,15 +113,21 @@ class _Installed:
         self.saved: list[tuple[nn.Module, Any]] = []
         self.state: TokenState | None = None
         self.counts: Tensor | None = None
+        self.skipped = torch.zeros_like(run._skipped)
         self.began = 0.0
+        self.signature = inspect.signature(run.decoder.backbone.forward)
 
     def install(self) -> None:
         backbone = self.run.decoder.backbone
+        _OPEN.add(backbone)
         self.handles.append(backbone.register_forward_pre_hook(self.begin, with_kwargs=True))
         self.handles.append(backbone.register_forward_hook(self.end))
         if self.gate.looks_at == "entry":
-            for layer in range(self.run.decoder.num_layers):
-                self.handles.append(self.run.decoder.at_checkpoint(layer, self.decider(layer)))
+            for layer, module in enumerate(self.run.decoder.layers):
+                if self.gate.reads(layer):
+                    self.handles.append(self.run.decoder.at_checkpoint(layer, self.decider(layer)))
+                else:
+                    self.handles.append(module.register_forward_pre_hook(self.blind_decider(layer)))
         if not self.gate.trivial:
             for branch in self.run.decoder.branches:
                 self.wrap(branch)
@@ -124,23 +140,28 @@ class _Installed:
                 del module.forward
             else:
                 module.forward = forward
+        _OPEN.discard(self.run.decoder.backbone)
 
     # One forward pass -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.began = time.perf_counter()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
+        called = self.signature.bind_partial(*args, **kwargs).arguments
+        called |= called.pop("kwargs", {})
+        ids = called.get("input_ids")
+        shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])
         device = self.run.decoder.device
-        past = _past_length(kwargs)
-        position, real = _positions(shape, kwargs.get("attention_mask"), past, device)
+        mask = called.get("attention_mask")
+        past = past_length(called.get("past_key_values"))
+        position, real = positions(shape, mask, called.get("position_ids"), past, device)
         force = None if self.run.force is None else self.run.force.to(device).reshape(-1)
         self.state = self.gate.start(
             shape[0] * shape[1], device, shape=shape, position=position, real=real,
             prefill=past == 0 or shape[1] > 1, force=force,
         )  # fmt: skip
         self.counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
+        self.skipped.zero_()
 
     @torch.no_grad()
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -148,6 +169,7 @@ class _Installed:
         assert state is not None
         assert counts is not None
         run._tokens += state.real.sum()
+        run._skipped += self.skipped
         if run.keep_passes or run.on_pass:
             done = Pass(
                 counts.view(state.shape), state.exit_layer.view(state.shape).clone(), state.real.view(state.shape),
@@ -163,14 +185,25 @@ class _Installed:
         @torch.no_grad()
         def see(hidden: Tensor) -> None:
             if self.state is not None:
-                self.gate.decide(layer, hidden.reshape(-1, hidden.shape[-1]), self.state)
+                flat = hidden.reshape(-1, hidden.shape[-1])
+                self.gate.decide(layer, flat.to(self.state.scale.device), self.state)
 
         return see
+
+    def blind_decider(self, layer: int) -> Callable[[nn.Module, Any], None]:
+        """For a layer whose hidden state the rule does not read: there may be no single one (parallel streams)."""
+
+        @torch.no_grad()
+        def decide(module: nn.Module, args: Any) -> None:
+            if self.state is not None:
+                self.gate.decide(layer, None, self.state)
+
+        return decide
 
     # The MLP ----------------------------------------------------------------------------------------------------
 
     def wrap(self, branch: Branch) -> None:
-        work = _Packed(self, branch.layer)
+        work = _Packed(self, branch)
         if branch.entry is branch.exit:
             self.replace(branch.entry, work.whole(branch.entry.forward))
         else:
@@ -179,17 +212,22 @@ class _Installed:
 
     def replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.saved.append((module, module.__dict__.get("forward")))
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = functools.update_wrapper(forward, module.forward)  # type: ignore[method-assign, assignment]
 
     def active_rows(self, layer: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
         """(indices of rows to run, scale), or None when every row runs unscaled and the MLP is left alone."""
         state = self.state
         if state is None:
             return None
+        if flat.shape[0] != state.scale.shape[0]:
+            raise InputError(
+                f"the MLP of layer {layer} sees {flat.shape[0]} rows where {state.scale.shape[0]} tokens went in: "
+                "a model that adds, drops or repeats rows cannot be gated"
+            )
         if self.gate.looks_at == "mlp":
-            self.gate.decide(layer, flat, state)
+            self.gate.decide(layer, flat.to(state.scale.device), state)
         skips = state.scale == 0
-        self.run._skipped[layer] += skips.sum()
+        self.skipped[layer] += skips.sum()
         assert self.counts is not None
         self.counts += skips
         if bool((state.scale == 1).all()):
@@ -198,27 +236,55 @@ class _Installed:
         return torch.nonzero(scale).squeeze(-1), scale
 
 
+_OUTPUTS: dict[type[nn.Module], int] = {}
+"""How many values each kind of MLP returns beside its rows (router scores); the layer unpacks that many."""
+
+
 class _Packed:
     """One layer's MLP on its active rows only."""
 
-    def __init__(self, installed: _Installed, layer: int):
+    def __init__(self, installed: _Installed, branch: Branch):
         self.installed = installed
-        self.layer = layer
+        self.layer = branch.layer
+        self.adds_residual = branch.adds_residual
+        self.kind = type(branch.entry)
+        if not _is_routed(branch.entry):
+            _OUTPUTS[self.kind] = 0
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None
 
     def whole(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            flat = x.reshape(-1, x.shape[-1])
+        signature = inspect.signature(original)
+        first = next(iter(signature.parameters))
+
+        def run(rows: Tensor | None, lead: tuple[int, ...], args: Any, kwargs: Any) -> tuple[Tensor, list[Any]]:
+            if rows is not None:
+                args = [_packed(value, rows, lead) for value in args]
+                kwargs = {name: _packed(value, rows, lead) for name, value in kwargs.items()}
+            result = original(*args, **kwargs)
+            out, *others = result if isinstance(result, tuple) else (result,)
+            _OUTPUTS[self.kind] = len(others)
+            return out, others
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            x = args[0] if args else kwargs[first]
+            flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
             plan = self.installed.active_rows(self.layer, flat)
             if plan is None:
-                return original(x, *args, **kwargs)
+                out, others = run(None, lead, args, kwargs)
+                return (out, *others) if others else out
             rows, scale = plan
-            if rows.numel() == 0:
-                return self.blend(flat, None, rows, scale).view(x.shape)
-            result = original(_as_batch(flat[rows], x.dim()), *args, **kwargs)
-            if isinstance(result, tuple):
-                return (self.blend(flat, result[0], rows, scale).view(x.shape), *result[1:])
-            return self.blend(flat, result, rows, scale).view(x.shape)
+            residual = None
+            if self.adds_residual:
+                residual = signature.bind(*args, **kwargs).arguments[RESIDUAL].reshape(flat.shape)
+            result: Tensor | None = None
+            if rows.numel():
+                result, others = run(rows, lead, args, kwargs)
+            else:
+                if self.kind not in _OUTPUTS:  # one row, once for this kind of MLP: what does the layer unpack?
+                    run(rows.new_zeros(1), lead, args, kwargs)
+                others = [None] * _OUTPUTS[self.kind]
+            blended = self.blend(flat, result, rows, scale, residual).view(x.shape)
+            return (blended, *others) if others else blended
 
         return forward
 
@@ -229,7 +295,7 @@ class _Packed:
             self.pending = None if plan is None else (x, *plan)
             if plan is None:
                 return original(x, *args, **kwargs)
-            return original(_as_batch(flat[plan[0]], x.dim()), *args, **kwargs)
+            return original(_packed(x, plan[0], x.shape[:-1]), *args, **kwargs)
 
         return forward
 
@@ -244,40 +310,37 @@ class _Packed:
 
         return forward
 
-    def blend(self, flat: Tensor, result: Tensor | None, rows: Tensor, scale: Tensor) -> Tensor:
-        """scale * MLP + (1 - scale) * stand-in; rows of scale 1 take the MLP's output unchanged."""
-        if result is not None and rows.numel() == flat.shape[0] and bool((scale == 1).all()):
-            return result.reshape(flat.shape)
+    def blend(
+        self, flat: Tensor, result: Tensor | None, rows: Tensor, scale: Tensor, residual: Tensor | None = None
+    ) -> Tensor:
+        """scale * MLP + (1 - scale) * stand-in; rows of scale 1 take the MLP's output unchanged.
+
+        An MLP that adds the residual inside returns it with its rows, so there the stand-in gets it added too.
+        """
         instead = self.installed.standin.rows(self.layer, flat)
-        out = torch.zeros_like(flat) if instead is None else instead.to(flat.dtype)
+        if residual is not None:
+            out = residual if instead is None else residual + instead.to(residual.dtype)
+        else:
+            out = torch.zeros_like(flat) if instead is None else instead.to(flat.dtype)
         if result is None:
             return out
         ran = result.reshape(-1, flat.shape[-1])
+        out = out.to(ran.dtype)
         weight = scale[rows].unsqueeze(-1).to(ran.dtype)
         mixed = torch.where(weight == 1, ran, weight * ran + (1 - weight) * out[rows])
-        out[rows] = mixed
-        return out
+        return out.index_copy(0, rows, mixed)
 
 
-def _as_batch(rows: Tensor, dims: int) -> Tensor:
-    """Packed rows in the rank the MLP was called with: [n, H] or [1, n, H]."""
-    return rows if dims == 2 else rows.view(*([1] * (dims - 2)), *rows.shape)
+def _is_routed(block: nn.Module) -> bool:
+    """Whether an MLP is more than linear maps and activations; only such a one returns more than its rows."""
+    return any(p.dim() > 2 for p in block.parameters()) or any(
+        True for child in block.children() for _ in child.children()
+    )
 
 
-def _past_length(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
-
-
-def _positions(shape: tuple[int, ...], mask: Any, past: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Position of each token in its own sequence, and whether it is a token at all: both [B*T]."""
-    B, T = shape
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= T:
-        seen = mask.to(device).long()
-        position = (seen.cumsum(dim=1) - 1).clamp_min(0)[:, past : past + T] if mask.shape[1] > T else None
-        if position is None or position.shape[1] != T:
-            position = (seen.cumsum(dim=1) - 1).clamp_min(0)[:, -T:]
-        real = seen[:, past : past + T] if mask.shape[1] >= past + T else seen[:, -T:]
-        return position.reshape(-1), real.bool().reshape(-1)
-    position = torch.arange(past, past + T, device=device).expand(B, T)
-    return position.reshape(-1), torch.ones(B * T, dtype=torch.bool, device=device)
+def _packed(value: Any, rows: Tensor, lead: tuple[int, ...]) -> Any:
+    """The chosen rows of a tensor that has one entry per token, in the rank it came with: [n, H] or [1, n, H]."""
+    if not isinstance(value, Tensor) or value.shape[: len(lead)] != lead:
+        return value
+    tail = value.shape[len(lead) :]
+    return value.reshape(-1, *tail)[rows].view(*[1] * (len(lead) - 1), rows.numel(), *tail)
