@@ -1,6 +1,6 @@
 """Compile every kernel, in every form that is ever launched, for every architecture, with nvcc: no GPU needed.
 
-    python -m sedac_cli.gpu.check [--arch sm_90] [--only entropy]
+python -m sedac_cli.gpu.check [--arch sm_90] [--only entropy]
 """
 
 from __future__ import annotations
@@ -49,7 +49,18 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
     source.write_text(source_text(family, constants))
     # cudaGraphSetConditional is only linked by the driver, so those kernels are compiled but not linked here.
     extra = ["-rdc=true"] if "SET_CONDITION" in constants else []
-    command = [nvcc, *OPTIONS, *extra, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", str(folder / "out"), str(source)]
+    command = [
+        nvcc,
+        *OPTIONS,
+        *extra,
+        "-cubin",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(folder / "out"),
+        str(source),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return False, done.stderr.strip()
