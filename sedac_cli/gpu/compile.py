@@ -26,9 +26,9 @@ I32, I64, F32 = np.int32, np.int64, np.float32
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
 OPTIONS = ("-std=c++17", "-ftz=true")
-MAX_ROWS = 65536
-"""Rows (or tiles) one launch may count; 64 streams may each hold that many counters."""
-_SLOT, _SLOTS = MAX_ROWS + 64, 64
+MAX_ROWS = 32768
+"""Rows (or tiles of rows) one launch may count."""
+_SLOT, _SLOTS = MAX_ROWS + 64, 128  # 17 MB: torch has 32 streams a priority, each eager or captured
 
 _arenas: dict[int, Tensor] = {}
 _slots: dict[tuple[int, int, bool], int] = {}

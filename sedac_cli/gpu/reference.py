@@ -134,7 +134,8 @@ def fused_entropy_decision(
     """The V9 rule: skip iff confidence * stability * p > threshold - 0.2 p. A NaN never skips."""
     entropy = fused_entropy(logits).entropy
     now, before = hidden.float(), prev_hidden.float()
-    confidence = torch.sigmoid(2.0 * (mean - entropy) / torch.as_tensor(std, device=entropy.device).clamp_min(1e-6))
+    spread = std.clamp_min(1e-6) if isinstance(std, Tensor) else max(std, 1e-6)
+    confidence = torch.sigmoid(2.0 * (mean - entropy) / spread)
     stability = 1.0 / (1.0 + (now - before).norm(dim=-1) / now.norm(dim=-1).clamp_min(1e-12))
     decision = confidence * stability * layer_progress > threshold - 0.2 * layer_progress
     load = 0.5 * (1.0 - confidence) + 0.3 * (1.0 - stability) + 0.2 * (1.0 - layer_progress)

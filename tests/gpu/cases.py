@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+from sedac_cli.gpu import compile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,3 +71,26 @@ def poison(*tensors: Tensor) -> None:
             tensor.fill_(-777.0)
         else:
             tensor.fill_(-777)
+
+
+@pytest.fixture
+def counters_come_back() -> Iterator[None]:
+    """Seeded inputs; afterwards every counter is back at zero, or the next launch would never finish a row."""
+    torch.manual_seed(0)
+    yield
+    torch.cuda.synchronize()
+    assert not any(arena.any() for arena in compile._arenas.values()), "a kernel left a counter behind"
+
+
+def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(graph, what `work` returned inside it); warmed up once before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    return graph, out
