@@ -11,13 +11,14 @@ LAYERS   ?= 7,14,21
 DATA_DIR ?= sedac_data
 ARGS     ?=
 
-.PHONY: help setup demo test lint types gpu-test collect train-probes calibrate validate bench bench-cpu clean
+.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu clean
 
 help:
 	@echo "make demo      the whole pipeline on the built-in model"
 	@echo "make test      the test suite          make lint types   style and types"
 	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
 	@echo "make bench bench-cpu   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
+	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("sedac needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -63,3 +64,6 @@ bench-cpu: setup
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+
+check-kernels: setup
+	$(BIN)/python -m sedac_cli.gpu.check $(ARGS)

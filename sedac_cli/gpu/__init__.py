@@ -1,1 +1,5 @@
-"""Kernels and their plain-torch twins. This room imports nothing else of the project."""
+"""Kernels and their plain-torch twins. This room imports nothing else of the project.
+
+`entropy`, `probe`, `route` and `conditional` launch CUDA kernels (sources in `cuda/`) on torch's current stream and take CUDA
+tensors only; `reference` has the same functions in plain torch for any device. Nothing falls back from one to the other.
+"""

@@ -1,7 +1,8 @@
 """The plain-torch twin of every kernel: what the kernels must equal, and what runs where there is no GPU.
 
 Entropies are Shannon entropies in bits. Rows are processed in chunks, so that a vocabulary of 256k never needs more
-than `CHUNK_BYTES` of float32 scratch, however many tokens there are.
+than `CHUNK_BYTES` of float32 scratch, however many tokens there are. Nothing here waits for a device: what depends on the
+data (how many rows stay) is a tensor, as in the kernels.
 
     entropy, confidence, best = entropy_of_logits(logits)
 """
@@ -10,12 +11,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LN2 = math.log(2.0)
 CHUNK_BYTES = 32 * 2**20
+
+
+class Entropy(NamedTuple):
+    """Per row: entropy in bits, largest probability, index of the largest logit."""
+
+    entropy: Tensor
+    confidence: Tensor
+    argmax: Tensor
+
+
+class Decision(NamedTuple):
+    """Per token: entropy in bits, sigmoid confidence, True where the MLP may be skipped, load."""
+
+    entropy: Tensor
+    confidence: Tensor
+    decision: Tensor
+    load: Tensor
+
+
+class Routed(NamedTuple):
+    """Rows sorted by a decision. `counts` (int32: active, exit) says how many rows of each buffer are valid.
+
+    slot[i] >= 0 is row i's place in `active`; -1 - slot[i] its place in `exit`.
+    """
+
+    active: Tensor
+    active_indices: Tensor
+    exit: Tensor
+    exit_indices: Tensor
+    counts: Tensor
+    slot: Tensor
+
+
+class Packed(NamedTuple):
+    """The rows that stay, packed; `counts` and `slot` as in Routed."""
+
+    rows: Tensor
+    indices: Tensor
+    counts: Tensor
+    slot: Tensor
 
 
 def entropy_of_logits(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,3 +103,121 @@ def linear_kl(dense: Tensor, other: Tensor, head: Callable[[Tensor], Tensor], vo
     for rows in row_chunks(dense.shape[0], vocab):
         out[rows] = kl_of_logits(head(dense[rows]), head(other[rows]))
     return out
+
+
+def fused_entropy(logits: Tensor) -> Entropy:
+    """Entropy, largest probability and argmax of [..., V] logits.
+
+    A row with NaN or +inf, or with nothing but -inf, has entropy NaN; with NaN its argmax is some index of the row.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    result = Entropy(
+        torch.empty(rows.shape[0], device=rows.device),
+        torch.empty(rows.shape[0], device=rows.device),
+        torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device),
+    )
+    for chunk in row_chunks(*rows.shape):
+        for whole, part in zip(result, entropy_of_logits(rows[chunk]), strict=True):
+            whole[chunk] = part
+    return Entropy(*(tensor.view(logits.shape[:-1]) for tensor in result))
+
+
+def fused_entropy_decision(
+    logits: Tensor,
+    hidden: Tensor,
+    prev_hidden: Tensor,
+    mean: float | Tensor,
+    std: float | Tensor,
+    layer_progress: float,
+    threshold: float | Tensor,
+) -> Decision:
+    """The V9 rule: skip iff confidence * stability * p > threshold - 0.2 p. A NaN never skips."""
+    entropy = fused_entropy(logits).entropy
+    now, before = hidden.float(), prev_hidden.float()
+    spread = std.clamp_min(1e-6) if isinstance(std, Tensor) else max(std, 1e-6)
+    confidence = torch.sigmoid(2.0 * (mean - entropy) / spread)
+    stability = 1.0 / (1.0 + (now - before).norm(dim=-1) / now.norm(dim=-1).clamp_min(1e-12))
+    decision = confidence * stability * layer_progress > threshold - 0.2 * layer_progress
+    load = 0.5 * (1.0 - confidence) + 0.3 * (1.0 - stability) + 0.2 * (1.0 - layer_progress)
+    return Decision(entropy, confidence, decision, load)
+
+
+def probe_risk(
+    hidden: Tensor,
+    probe: Any,
+    *,
+    threshold: float | Tensor | None = None,
+    latched: Tensor | None = None,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+) -> Tensor:
+    """The risk of [..., H] hidden states by an LREProbe; with a threshold, `latched` and `needs` are updated in place.
+
+    A token fires iff risk < threshold (never on NaN) and it may skip; needs = 1 iff a real token is left.
+    """
+    norm = nn.functional.layer_norm(
+        nn.functional.linear(hidden.float(), probe.proj.weight.float(), probe.proj.bias),
+        (probe.proj.weight.shape[0],), probe.norm.weight, probe.norm.bias, probe.norm.eps,
+    )  # fmt: skip
+    risk = nn.functional.softplus(nn.functional.linear(norm, probe.head.weight, probe.head.bias)).squeeze(-1)
+    gone = risk < (float("-inf") if threshold is None else threshold)
+    if may_skip is not None:
+        gone = gone & may_skip.view(gone.shape).bool()
+    if latched is not None:
+        gone = gone | latched.view(gone.shape).bool()
+        latched.copy_(gone.view(latched.shape))
+    _publish(~gone, real, needs)
+    return risk
+
+
+def router_score(
+    hidden: Tensor,
+    linear: Any,
+    *,
+    eps: float = 1e-5,
+    threshold: float | Tensor = 0.0,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logit of [..., H] by LayerNorm without weights and a linear layer; run = logit > threshold. NaN runs."""
+    normal = nn.functional.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps)
+    logit = nn.functional.linear(normal, linear.weight.float(), linear.bias).squeeze(-1)
+    run = ~(logit <= threshold)
+    if may_skip is not None:
+        run = run | ~may_skip.view(run.shape).bool()
+    _publish(run, real, needs)
+    return logit, run
+
+
+def _publish(wanted: Tensor, real: Tensor | None, needs: Tensor | None) -> None:
+    if needs is not None:
+        left = wanted if real is None else wanted & real.view(wanted.shape).bool()
+        needs.copy_(left.any().view(needs.shape))
+
+
+def route_split(hidden: Tensor, decision: Tensor) -> Routed:
+    """[N, H] rows -> those with decision False (active) and True (exit), in order. Past `counts` the buffers mean nothing."""
+    leaves = decision.bool()
+    active, exit = torch.argsort(leaves.int(), stable=True), torch.argsort((~leaves).int(), stable=True)
+    place = torch.where(leaves, -leaves.cumsum(0), (~leaves).cumsum(0) - 1).int()
+    counts = torch.stack([(~leaves).sum(), leaves.sum()]).int()
+    return Routed(hidden[active], active, hidden[exit], exit, counts, place)
+
+
+def route_merge(active: Tensor, exit: Tensor, slot: Tensor) -> Tensor:
+    """The rows of both buffers in their first order."""
+    stays = (slot >= 0).unsqueeze(-1)
+    return torch.where(stays, active[slot.clamp_min(0).long()], exit[(-1 - slot).clamp_min(0).long()])
+
+
+def gather_rows(hidden: Tensor, scale: Tensor) -> Packed:
+    """[N, H] -> the rows with scale > 0, packed in order."""
+    routed = route_split(hidden, ~(scale > 0))
+    return Packed(routed.active, routed.active_indices, routed.counts, routed.slot)
+
+
+def scatter_rows(rows: Tensor, slot: Tensor) -> Tensor:
+    """Packed rows back in their places; the others become 0."""
+    return torch.where((slot >= 0).unsqueeze(-1), rows[slot.clamp_min(0).long()], rows.new_zeros(()))

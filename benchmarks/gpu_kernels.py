@@ -1,0 +1,307 @@
+"""Every kernel on this GPU: right first, then fast, against its floor and against torch eager and torch.compile.
+
+    python benchmarks/gpu_kernels.py --out gpu_kernels.json
+
+Times are per call inside a replayed CUDA graph, over buffers that together exceed L2, variants interleaved, median of the
+repeats. A floor is the bytes that must move over the copy bandwidth measured here. Sections that fail print why; the rest runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")]
+
+from cases import Probe  # noqa: E402
+from gpu_timing import BEGAN, ROTATE, Bench, buffers, each, table, timed  # noqa: E402
+
+from sedac_cli.gpu import compile, entropy, reference  # noqa: E402
+from sedac_cli.gpu.conditional import ConditionalGraph  # noqa: E402
+from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision  # noqa: E402
+from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk, router_score  # noqa: E402
+from sedac_cli.gpu.route import gather_rows, route_merge, route_split, scatter_rows  # noqa: E402
+
+VOCAB, HIDDEN, RANK = 151936, 3584, 64
+
+
+# Sections ------------------------------------------------------------------------------------------------------------
+
+
+def tests(bench: Bench) -> None:
+    """The GPU tests in a process of their own: a kernel that faults must not end the measuring."""
+    files = ["tests/gpu/test_conditional_gpu.py", "tests/gpu/test_kernels_gpu.py"]
+    options = ["-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25"]
+    command = [sys.executable, "-m", "pytest", *files, *options]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(30.0, bench.left() - 60))
+        print("\n".join(done.stdout.splitlines()[-120:]) + done.stderr[-2000:], flush=True)
+        print(f"  tests {'PASSED' if done.returncode == 0 else 'FAILED'}", flush=True)
+    except subprocess.TimeoutExpired as error:
+        seen = error.stdout or ""
+        seen = seen if isinstance(seen, str) else seen.decode(errors="replace")
+        print(f"  tests did not end in {error.timeout:.0f} s; so far:\n{seen[-3000:]}", flush=True)
+
+
+def copy(bench: Bench) -> None:
+    x = torch.empty(2**31, dtype=torch.uint8, device="cuda").random_()
+    y = torch.empty_like(x)
+    samples = bench.measure({"ours": [lambda: y.copy_(x)]})
+    bench.bandwidth = 2 * x.numel() / statistics.median(samples["ours"]) / 1e3
+    bench.report("copy 2 GiB", samples, None, "", None)
+    print(f"  copy bandwidth {bench.bandwidth:.0f} GB/s", flush=True)
+
+
+def entropies(bench: Bench) -> None:
+    fast = torch.compile(reference.entropy_of_logits, dynamic=False)
+    for rows in (1, 8, 32, 256, 1024, 4096):
+        inputs = buffers((rows, VOCAB), 3.0)
+        variants = {"ours": each(fused_entropy, inputs), "eager": each(reference.entropy_of_logits, inputs[:8])}
+        if rows in (32, 1024):
+            variants["compile"] = each(fast, inputs[:8])
+        floor = bench.floor(rows * VOCAB * 2)
+        if rows <= 32:
+            target, judge = "<= 12 us", lambda t: t <= 12.0
+        else:
+            target, judge = ">= 92 % of copy", lambda t, floor=floor: floor / t >= 0.92
+        bench.report(
+            f"entropy {rows} x {VOCAB}", bench.measure(variants), floor, target, judge if rows != 256 else None
+        )
+
+
+def decisions(bench: Bench) -> None:
+    for rows in (1, 32, 1024, 4096):
+        logits = buffers((rows, VOCAB), 3.0)
+        states = [torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+
+        def decide(x, states=states):
+            return fused_entropy_decision(x, *states, 5.0, 1.5, 0.5, 0.3)
+
+        samples = bench.measure({"ours": each(decide, logits), "entropy": each(fused_entropy, logits)})
+        limit = 1.1 * statistics.median(samples["entropy"])
+        floor = bench.floor(rows * (VOCAB + 2 * HIDDEN) * 2)
+        bench.report(
+            f"decision {rows} x {VOCAB}", samples, floor, "<= 1.1 x entropy", lambda t, limit=limit: t <= limit
+        )
+
+
+def probes(bench: Bench) -> None:
+    probe = Probe(HIDDEN, RANK).cuda()
+    weights = ProbeWeights.pack(probe, "cuda")
+    weights.half(torch.bfloat16)
+    many = [ProbeWeights.pack(Probe(HIDDEN, RANK).cuda(), "cuda") for _ in range(-(-ROTATE // (HIDDEN * RANK * 4)))]
+    one = torch.randn(1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    latched, needs = (
+        torch.zeros(4096, dtype=torch.bool, device="cuda"),
+        torch.zeros(1, dtype=torch.int32, device="cuda"),
+    )
+
+    def ours(x, w=weights, precision="split"):
+        return probe_risk(x, w, threshold=0.5, latched=latched[: x.shape[0]], needs=needs, precision=precision)
+
+    def twin(x):
+        return reference.probe_risk(x, probe, threshold=0.5, latched=latched[: x.shape[0]], needs=needs)
+
+    floor = bench.floor(HIDDEN * RANK * 4)
+    samples = bench.measure({"ours": [lambda: ours(one)], "eager": [lambda: twin(one)]}, calls=64)
+    bench.report("probe 1 row, weight in L2", samples, None, "<= 6 us", lambda t: t <= 6.0)
+    samples = bench.measure({"ours": [lambda w=w: ours(one, w) for w in many]})
+    bench.report("probe 1 row, weight from memory", samples, floor, "<= 6 us", lambda t: t <= 6.0)
+    fast = torch.compile(twin, dynamic=False)
+    for rows in (8, 32, 256, 1024, 4096):
+        inputs = buffers((rows, HIDDEN))
+        variants = {
+            "ours": each(ours, inputs),
+            "plain": [lambda x=x: ours(x, precision="plain") for x in inputs],
+            "eager": each(twin, inputs[:16]),
+        }
+        if rows == 4096:
+            variants["compile"] = each(fast, inputs)
+        floor = bench.floor(rows * HIDDEN * 2)
+        target, judge = ("<= 2 x read", lambda t, floor=floor: t <= 2 * floor) if rows == 4096 else ("", None)
+        bench.report(f"probe {rows} x {HIDDEN}", bench.measure(variants), floor, target, judge)
+    inputs32 = [x.float() for x in buffers((4096, HIDDEN))[:3]]
+    samples = bench.measure({"ours": each(ours, inputs32), "eager": each(twin, inputs32)})
+    bench.report(f"probe 4096 x {HIDDEN} float32", samples, bench.floor(4096 * HIDDEN * 4), "", None)
+
+
+def routers(bench: Bench) -> None:
+    linear = torch.nn.Linear(HIDDEN, 1, device="cuda").requires_grad_(False)
+    weights = RouterWeights.pack(linear, "cuda")
+    needs = torch.zeros(1, dtype=torch.int32, device="cuda")
+    for rows in (1, 32, 4096):
+        inputs = buffers((rows, HIDDEN))
+        variants = {
+            "ours": each(lambda x: router_score(x, weights, needs=needs), inputs),
+            "eager": each(lambda x: reference.router_score(x, linear, needs=needs), inputs[:16]),
+        }
+        floor = bench.floor(rows * HIDDEN * 2)
+        bench.report(f"router {rows} x {HIDDEN}", bench.measure(variants), floor, "", None)
+
+
+def routing(bench: Bench) -> None:
+    rows = 8192
+    hidden = buffers((rows, HIDDEN))[:3]
+    leaves = torch.rand(rows, device="cuda") < 0.5
+    scale = torch.where(leaves, 0.0, 1.0)
+    routed, packed = [route_split(x, leaves) for x in hidden], [gather_rows(x, scale) for x in hidden]
+    out = torch.empty_like(hidden[0])
+    whole, half = 2 * rows * HIDDEN * 2, rows * HIDDEN * 2
+    cases = {
+        "split": (
+            [lambda x=x, r=r: route_split(x, leaves, r) for x, r in zip(hidden, routed, strict=True)],
+            each(lambda x: reference.route_split(x, leaves), hidden), whole,
+        ),
+        "merge": (
+            [lambda r=r: route_merge(r.active, r.exit, r.slot, out) for r in routed],
+            [lambda r=r: reference.route_merge(r.active, r.exit, r.slot) for r in routed], whole,
+        ),
+        "gather": (
+            [lambda x=x, p=p: gather_rows(x, scale, p) for x, p in zip(hidden, packed, strict=True)],
+            each(lambda x: reference.gather_rows(x, scale), hidden), half,
+        ),
+        "scatter": (
+            [lambda p=p: scatter_rows(p.rows, p.slot, out) for p in packed],
+            [lambda p=p: reference.scatter_rows(p.rows, p.slot) for p in packed], half + half // 2,
+        ),
+    }  # fmt: skip
+    for name, (ours, eager, size) in cases.items():
+        floor = bench.floor(size)
+        samples = bench.measure({"ours": ours, "eager": eager})
+        bench.report(
+            f"{name} {rows} x {HIDDEN}", samples, floor, ">= 80 % of copy", lambda t, floor=floor: floor / t >= 0.8
+        )
+    same = [torch.empty_like(x) for x in hidden]
+    samples = bench.measure({"ours": [lambda x=x, y=y: y.copy_(x) for x, y in zip(hidden, same, strict=True)]})
+    bench.report(f"(a plain copy of {rows} x {HIDDEN})", samples, bench.floor(whole), "", None)
+
+
+def conditionals(bench: Bench) -> None:
+    count = 28
+    nodes = ConditionalGraph()
+    flags = torch.ones(count, dtype=torch.int32, device="cuda")
+    y = torch.zeros(count, 64, device="cuda")
+    nodes.warm(lambda: y[0].add_(1.0))
+    torch.cuda.synchronize()
+
+    def capture(kind: str) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            if kind == "plain":
+                for i in range(count):
+                    y[i].add_(1.0)
+                return graph
+            conditions = nodes.conditions(count, either=kind == "either")
+            for _ in range(1 if kind != "armed 10 times" else 10):
+                conditions.set(flags)
+            for i in range(count):
+                if kind == "either":
+                    run, otherwise = conditions.branches(i)
+                    with run:
+                        y[i].add_(1.0)
+                    with otherwise:
+                        y[i].sub_(1.0)
+                else:
+                    with conditions.body(i):
+                        y[i].add_(1.0)
+        return graph
+
+    graphs = {kind: capture(kind) for kind in ("plain", "if", "either", "armed 10 times")}
+    for state in (1, 0):
+        flags.fill_(state)
+        samples = {
+            "ours" if kind == "if" else kind: [timed(graph, 20) for _ in range(bench.repeats)]
+            for kind, graph in graphs.items()
+        }
+        bench.report(f"{count} IF nodes, all {'on' if state else 'off'}", samples, None, "", None)
+    once, ten = (statistics.median(samples[kind]) for kind in ("ours", "armed 10 times"))
+    print(
+        f"  one set_conditions of {count} nodes: {(ten - once) / 9:.2f} us; native else: {nodes.native_else}",
+        flush=True,
+    )
+
+
+def tuning(bench: Bench) -> None:
+    """The entropy kernel's free choices, for whoever looks at the numbers next; nothing here is a target."""
+    default, span_of = (entropy.UNROLL, entropy.BLOCKS), entropy.span_of
+    try:
+        for rows in (1, 32, 1024):
+            inputs = buffers((rows, VOCAB), 3.0)
+            found = {}
+            forms = [(4, 4), (3, 5), (2, 6), (4, 3), (8, 2)]
+            spans = {"auto": span_of}
+            for size in (2048, 4096, 8192, 16384) if rows <= 32 else (18944, 37888, 75776, VOCAB, 2 * VOCAB):
+                spans[str(size)] = lambda r, v, m, size=size: size
+            variants = {}
+            for unroll, blocks in forms:
+                variants[f"unroll {unroll} blocks {blocks}"] = (unroll, blocks, span_of)
+            variants |= {f"span {name}": (*default, function) for name, function in spans.items()}
+            for name, (unroll, blocks, function) in variants.items():
+                entropy.UNROLL, entropy.BLOCKS, entropy.span_of = unroll, blocks, function
+                if bench.left() > 10:
+                    found |= bench.measure({name: each(fused_entropy, inputs)})
+            bench.report(f"entropy {rows} x {VOCAB}, variants", found, bench.floor(rows * VOCAB * 2), "", None)
+    finally:
+        (entropy.UNROLL, entropy.BLOCKS), entropy.span_of = default, span_of
+
+
+SECTIONS = (copy, entropies, decisions, probes, routers, routing, conditionals, tuning)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_kernels.json")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=175.0, help="what takes long is left out when this runs short")
+    parser.add_argument("--no-tests", action="store_true")
+    parser.add_argument("--only", action="append", choices=[section.__name__ for section in SECTIONS])
+    chosen = parser.parse_args()
+    cupy = compile.require_gpu()
+    machine = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "cupy": cupy.__version__,
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+    }  # fmt: skip
+    print(machine, flush=True)
+    bench = Bench(chosen.repeats, chosen.seconds)
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    if not chosen.no_tests:
+        print(f"\n== tests  {time.monotonic() - BEGAN:.0f} s", flush=True)
+        tests(bench)
+    failed = []
+    for section in SECTIONS:
+        if chosen.only and section.__name__ not in chosen.only and section is not copy:
+            continue
+        print(f"\n== {section.__name__}  {time.monotonic() - BEGAN:.0f} s", flush=True)
+        try:
+            section(bench)
+        except Exception:
+            failed.append(section.__name__)
+            traceback.print_exc()
+        torch.cuda.empty_cache()
+    table(bench)
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {
+        "machine": machine,
+        "copy_gb_per_s": bench.bandwidth,
+        "microseconds": [asdict(line) for line in bench.lines],
+    }
+    chosen.out.write_text(json.dumps(facts, indent=1))
+    print(
+        f"raw samples in {chosen.out}; sections that failed: {', '.join(failed) or 'none'}; {time.monotonic() - BEGAN:.0f} s"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

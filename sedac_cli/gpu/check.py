@@ -1,0 +1,97 @@
+"""Compile every kernel, in every form that is ever launched, for every architecture, with nvcc: no GPU needed.
+
+python -m sedac_cli.gpu.check [--arch sm_90] [--only entropy]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+from sedac_cli.gpu.compile import OPTIONS, source_text
+from sedac_cli.gpu.entropy import BLOCKS, UNROLL
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
+
+
+def forms() -> Iterator[tuple[str, dict[str, int]]]:
+    """Every (family, constants) the wrappers can ask for, up to sizes that only change a loop's length."""
+    for t in range(3):
+        yield "entropy", {"T": t, "DECISION": 0, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+        for ht in range(3):
+            yield "entropy", {"T": t, "HT": ht, "DECISION": 1, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+        for size, ranks in ((1, 1), (8, 8)):
+            yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
+        for warps, vectors in ((1, 2), (1, 14), (8, 2), (8, 16)):
+            yield "router", {"T": t, "WARPS": warps, "VECTORS": vectors, "ROWS": 1 if warps == 8 else 8}
+    for t, rp, size, parts in product((1, 2), (64, 256), (32, 64, 128), (1, 2)):
+        yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": 4}
+    for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
+        yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
+    yield "conditional", {"SET_CONDITION": 1}
+    for t in range(3):
+        size, ranks = (8, 8) if t == 0 else (128, 0)
+        yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
+        yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 2, "STAGES": 4, "SET_CONDITION": 1}
+        yield "router", {"T": t, "WARPS": 8, "VECTORS": 2, "ROWS": 1, "SET_CONDITION": 1}
+
+
+def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict[str, int]) -> tuple[bool, str]:
+    """(compiled, registers and spills per entry, or the error)."""
+    source = folder / f"{family}.cu"
+    source.write_text(source_text(family, constants))
+    # cudaGraphSetConditional is only linked by the driver, so those kernels are compiled but not linked here.
+    extra = ["-rdc=true"] if "SET_CONDITION" in constants else []
+    command = [
+        nvcc,
+        *OPTIONS,
+        *extra,
+        "-cubin",
+        f"-arch={arch}",
+        "-Xptxas",
+        "-v",
+        "-o",
+        str(folder / "out"),
+        str(source),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return False, done.stderr.strip()
+    registers = re.findall(r"Used (\d+) registers", done.stderr)
+    spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
+    return True, f"registers {'/'.join(registers)}, spilled bytes {'/'.join(spills)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
+    parser.add_argument("--only", help="one family: entropy, probe, router, route, conditional")
+    chosen = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("skipped: no nvcc on PATH, so the kernels were not compiled")
+        return 0
+    failed = total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for family, constants in forms():
+            if chosen.only not in (None, family):
+                continue
+            for arch in chosen.arch or ARCHITECTURES:
+                good, text = compile_one(nvcc, Path(folder), arch, family, constants)
+                total += 1
+                failed += not good
+                label = " ".join(f"{name}={value}" for name, value in constants.items())
+                print(f"{'ok  ' if good else 'FAIL'} {arch} {family} {label}: {text}", flush=True)
+    print(f"{total - failed} of {total} compiled")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""From a CUDA source to a launch on torch's stream: compiled once per device, element types and constants, then cached.
+
+What always holds: a launch allocates nothing outside torch's allocator and never waits, so it may be captured into a CUDA
+graph; the one thing that may not happen during capture is a first use (it compiles), and that is refused by name. Asking for
+a kernel on a machine without a GPU, or with a CuPy that does not fit torch, is an error that says what to install.
+
+    launch("route", "split", {"WIDTH": 16, "KEY": 0, "TWO": 1}, device, grid=(8,), threads=256, args=[rows, I64(1), ...])
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+I32, I64, F32 = np.int32, np.int64, np.float32
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SOURCES = Path(__file__).parent / "cuda"
+OPTIONS = ("-std=c++17", "-ftz=true")
+MAX_ROWS = 32768
+"""Rows (or tiles of rows) one launch may count."""
+_SLOT, _SLOTS = MAX_ROWS + 64, 128  # 17 MB: torch has 32 streams a priority, each eager or captured
+
+_arenas: dict[int, Tensor] = {}
+_slots: dict[tuple[int, int, bool], int] = {}
+
+
+def source_text(family: str, constants: Mapping[str, int]) -> str:
+    """The whole translation unit. Constants stand above it, not on the command line, where `-DT=2` would hit CUDA's headers."""
+    head = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    return head + "".join((SOURCES / name).read_text() for name in ("primitives.cuh", "common.cuh", f"{family}.cu"))
+
+
+def kind(tensor: Tensor, name: str) -> int:
+    """The element kind that the sources know the tensor's dtype by."""
+    if tensor.dtype not in KINDS:
+        raise ValueError(f"{name} is {tensor.dtype}: the kernels take float32, float16 and bfloat16")
+    return KINDS[tensor.dtype]
+
+
+@functools.cache
+def require_gpu() -> Any:
+    """CuPy, once everything it needs is known to be there."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device is visible: on the CPU use the plain-torch twins in sedac_cli.gpu.reference")
+    version = torch.version.cuda
+    if version is None:
+        raise RuntimeError("this torch was not built for CUDA: the kernels need NVIDIA's CUDA 12 or 13")
+    major = version.split(".")[0]
+    package = f"cupy-cuda{major}x"
+    try:
+        cupy = importlib.import_module("cupy")
+    except ImportError as error:
+        raise RuntimeError(f"the kernels need CuPy ({error}): pip install {package}") from error
+    found = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if found != int(major):
+        raise RuntimeError(f"torch uses CUDA {version} but CuPy is built for CUDA {found}: pip install {package}")
+    return cupy
+
+
+def require_conditional_nodes() -> Any:
+    """CuPy, on a driver that has conditional graph nodes."""
+    cupy = require_gpu()
+    driver = cupy.cuda.runtime.driverGetVersion()
+    if driver < 12040:
+        raise RuntimeError(
+            f"conditional graph nodes need CUDA 12.4 or newer; this driver has {driver // 1000}.{driver % 1000 // 10}"
+        )
+    return cupy
+
+
+def refuse_in_capture(what: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{what} is needed for the first time inside a CUDA graph capture: call it once before capturing"
+        )
+
+
+@functools.cache
+def properties(index: int) -> Any:
+    """Multiprocessors, shared memory and capability of a device; asking torch each time would cost more than a launch."""
+    found = torch.cuda.get_device_properties(index)
+    if found.major < 8:
+        raise RuntimeError(f"{found.name} has compute capability {found.major}.{found.minor}: the kernels need 8.0")
+    return found
+
+
+def ptx_of(cupy: Any, text: str, name: str, capability: str) -> bytes:
+    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional."""
+    nvrtc = importlib.import_module("cupy.cuda").nvrtc
+    program = nvrtc.createProgram(text, f"{name}.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture=compute_{capability}"))
+        return bytes(nvrtc.getPTX(program)).rstrip(b"\0")
+    except nvrtc.NVRTCError as error:
+        raise RuntimeError(f"{name}.cu does not compile: {error}\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@functools.cache
+def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], index: int, shared: int) -> Any:
+    """The kernel, loaded on device `index`, allowed to use `shared` bytes of dynamic shared memory."""
+    values = dict(constants)
+    conditional = "SET_CONDITION" in values
+    cupy = require_conditional_nodes() if conditional else require_gpu()
+    found = properties(index)
+    refuse_in_capture(f"the kernel {family}.{entry} {values}")
+    text = source_text(family, values)
+    with torch.cuda.device(index), cupy.cuda.Device(index):
+        _arena(index)
+        if conditional:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{family}.ptx"
+                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}"))
+                kernel = cupy.RawModule(path=str(path)).get_function(entry)
+                registers = kernel.num_regs  # asking loads it now, while the file is there and nothing is captured
+        else:
+            # CuPy adds -ftz=true by itself, and keeps the binary in its own cache on disk.
+            kernel = cupy.RawModule(code=text, options=OPTIONS[:1]).get_function(entry)
+            registers = kernel.num_regs
+        if shared > 48 * 1024:
+            kernel.max_dynamic_shared_size_bytes = shared
+    log.debug("%s.%s %s: %d registers", family, entry, values, registers)
+    return kernel
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(pointer: int) -> Any:
+    cupy = require_gpu()
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_Pointer(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
+class _Pointer:
+    """A stream handle in the form that CuPy 14 asks for; it deprecates ExternalStream."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def launch(
+    family: str,
+    entry: str,
+    constants: Mapping[str, int],
+    device: torch.device,
+    *,
+    grid: Sequence[int],
+    threads: int,
+    args: Sequence[Tensor | np.generic | None],
+    shared: int = 0,
+) -> None:
+    """Launch on torch's current stream of `device`. Tensors go as pointers, None as a null pointer, numbers must be typed."""
+    index = device_index(device)
+    kernel = compiled(family, entry, tuple(constants.items()), index, shared)
+    values = tuple(value if isinstance(value, np.generic) else _pointer(value) for value in args)
+    cupy = require_gpu()
+    with torch.cuda.device(index), cupy.cuda.Device(index), _stream(torch.cuda.current_stream(index).cuda_stream):
+        kernel(tuple(map(int, grid)), (threads,), values, shared_mem=shared)
+
+
+def _pointer(value: Tensor | None) -> np.generic:
+    return np.uintp(0 if value is None else value.data_ptr())
+
+
+def device_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def counters(device: torch.device) -> Tensor:
+    """Zeroed int32 counters for launches on the current stream. Kernels leave them at zero, so nobody clears them again.
+
+    Work on one stream is in order, so its launches share a slot; capture has a slot of its own, so that a graph may be
+    replayed beside eager work. Two graphs captured on the same stream must not be replayed at the same time.
+    """
+    index = device_index(device)
+    key = (index, torch.cuda.current_stream(index).cuda_stream, torch.cuda.is_current_stream_capturing())
+    slot = _slots.get(key)
+    if slot is None:
+        slot = sum(used[0] == index for used in _slots)
+        if slot == _SLOTS:
+            raise RuntimeError(f"kernels were launched on more than {_SLOTS} streams of device {index}")
+        _slots[key] = slot
+    return _arena(index)[slot]
+
+
+def _arena(index: int) -> Tensor:
+    arena = _arenas.get(index)
+    if arena is None:
+        refuse_in_capture("the counters of the kernels")
+        arena = torch.zeros(_SLOTS, _SLOT, dtype=torch.int32, device=torch.device("cuda", index))
+        torch.cuda.synchronize(index)  # once, so that every other stream finds zeros
+        _arenas[index] = arena
+    return arena

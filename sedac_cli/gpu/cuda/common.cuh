@@ -1,0 +1,112 @@
+// What every kernel file shares: element types, row addressing, warp sums, and how blocks of one launch meet.
+// Element kinds: 0 = float32, 1 = float16, 2 = bfloat16 (the Python side passes them as constants).
+
+template <int KIND> struct Elem { typedef u16 raw; };
+template <> struct Elem<0> { typedef u32 raw; };
+
+template <int KIND> struct Vec { static constexpr int N = KIND == 0 ? 4 : 8; };  // elements in 16 bytes
+
+template <int KIND>
+__device__ __forceinline__ float widen(typename Elem<KIND>::raw raw) {
+  if constexpr (KIND == 0) return __uint_as_float(raw);
+  else if constexpr (KIND == 1) return half_to_float(raw);
+  else return __uint_as_float((u32)raw << 16);
+}
+
+template <int KIND>
+__device__ __forceinline__ void unpack(const uint4& q, float (&v)[Vec<KIND>::N]) {
+  const u32 word[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (KIND == 0) {
+      v[i] = __uint_as_float(word[i]);
+    } else {
+      v[2 * i] = widen<KIND>((u16)(word[i] & 0xffffu));
+      v[2 * i + 1] = KIND == 2 ? __uint_as_float(word[i] & 0xffff0000u) : widen<KIND>((u16)(word[i] >> 16));
+    }
+  }
+}
+
+// One vector of a row that may be unaligned, or end inside the vector: missing elements are 0.
+template <int KIND>
+__device__ __forceinline__ uint4 load_vec(const typename Elem<KIND>::raw* p, int valid, bool aligned) {
+  if (aligned && valid >= Vec<KIND>::N) return __ldg((const uint4*)p);
+  u32 word[4] = {0u, 0u, 0u, 0u};
+#pragma unroll
+  for (int i = 0; i < Vec<KIND>::N; ++i) {
+    if (i < valid) {
+      if constexpr (KIND == 0) word[i] = p[i];
+      else word[i / 2] |= (u32)p[i] << (16 * (i & 1));
+    }
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// Rows of a [rows, width] or [batch, seq, width] tensor with any strides on the leading axes.
+struct Rows {
+  i64 outer, inner;  // strides, in elements
+  int per_outer;     // rows that share one step of `outer`
+  __device__ __forceinline__ i64 offset(int row) const {
+    return (i64)(row / per_outer) * outer + (i64)(row % per_outer) * inner;
+  }
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+// True, in every thread, for the block that arrives last of `expected`; all that the others wrote before is then visible.
+// The counter wraps to 0 by itself: no memset between launches, so a replayed graph needs none either.
+__device__ __forceinline__ bool arrive_last(u32* counter, u32 expected) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(counter, expected - 1) == expected - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// A number that is a constant of the launch, or lives on the device where it may change between replays.
+__device__ __forceinline__ float number(const float* pointer, float value) { return pointer ? __ldg(pointer) : value; }
+
+#ifdef SET_CONDITION
+extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(u64 handle, unsigned int value);
+#endif
+
+// Arms IF nodes: handles[0..count) get `value`, handles[count..2*count) its opposite where the graph has such nodes.
+__device__ __forceinline__ void arm_nodes(const u64* handles, int count, int has_opposite, bool value, int lane, int lanes) {
+#ifdef SET_CONDITION
+  for (int i = lane; i < count; i += lanes) {
+    cudaGraphSetConditional(handles[i], value ? 1u : 0u);
+    if (has_opposite) cudaGraphSetConditional(handles[count + i], value ? 0u : 1u);
+  }
+#endif
+}
+
+// "Does any token need the MLP?" over all blocks of a launch. scratch[0] counts blocks, scratch[1] collects; both end at 0.
+// Every thread of the block calls it with its own answer.
+__device__ __forceinline__ void publish_need(
+    bool mine, u32* scratch, u32 blocks, int* needs, const u64* handles, int count, int has_opposite) {
+  __shared__ int verdict;
+  int any = __syncthreads_or(mine);
+  if (!needs && !count) return;
+  if (threadIdx.x == 0) {
+    verdict = any;
+    if (blocks > 1) {
+      if (any) atomicOr(&scratch[1], 1u);
+      __threadfence();
+      if (atomicInc(&scratch[0], blocks - 1) == blocks - 1) {
+        __threadfence();
+        verdict = atomicExch(&scratch[1], 0u) != 0;
+      } else {
+        verdict = -1;  // another block will speak
+      }
+    }
+    if (needs && verdict >= 0) *needs = verdict;
+  }
+  __syncthreads();
+  if (count && verdict >= 0) arm_nodes(handles, count, has_opposite, verdict != 0, threadIdx.x, blockDim.x);
+}

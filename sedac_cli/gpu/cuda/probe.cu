@@ -1,0 +1,253 @@
+// LREProbe whole, in one launch: Linear(H -> rank), LayerNorm, Linear(rank -> 1), softplus, threshold, latch, "any token left?".
+//
+// The projection is cut over blocks, and every block leaves its part in `partial` [tile][split][row][RP]; the block of a tile
+// that arrives last adds the parts and finishes the tile's rows; the tile that finishes last publishes the flag.
+// Two ways to project. RANKS > 0: plain float32 arithmetic, RANKS x ROWS dot products per block; any dtype, any alignment.
+// RANKS == 0: tensor cores, ROWS x 64 tiles; the weight is hi + lo in the hidden state's own dtype (PARTS = 2: what is
+// lost is 2^-17 of a weight in bf16, 2^-22 in fp16) or hi alone (PARTS = 1: 2^-9 and 2^-12).
+// Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES.
+
+struct Verdict {
+  const float* threshold_at;
+  float threshold;
+  float* risk;
+  u8* latched;          // null: nothing is remembered
+  const u8* may_skip;   // null: every token may
+  const u8* real;       // null: no padding
+  int* needs;           // null: nobody asks
+  const u64* handles;   // IF nodes to arm
+  int handle_count, has_opposite;
+};
+
+// Eight lanes share a row; lane q holds columns 4q + 32j .. +3, so eight lanes read 128 bytes at a time.
+#define PER_LANE (RP / 8)
+
+__device__ __forceinline__ float eight_sum(float x) {
+#pragma unroll
+  for (int d = 4; d; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+  return x;
+}
+
+// constants: bias[RP], then gamma * head[RP], then {beta . head + head bias, eps}
+__device__ __forceinline__ float risk_of(const float* part, int splits, i64 stride, const float* constants, int rank) {
+  const int q = threadIdx.x % 8;
+  float z[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE / 4; ++j) {
+    const float4 b = __ldg((const float4*)(constants + 32 * j + 4 * q));
+    z[4 * j] = b.x, z[4 * j + 1] = b.y, z[4 * j + 2] = b.z, z[4 * j + 3] = b.w;
+  }
+#pragma unroll 4
+  for (int s = 0; s < splits; ++s) {
+#pragma unroll
+    for (int j = 0; j < PER_LANE / 4; ++j) {
+      const float4 v = __ldcg((const float4*)(part + s * stride + 32 * j + 4 * q));
+      z[4 * j] += v.x, z[4 * j + 1] += v.y, z[4 * j + 2] += v.z, z[4 * j + 3] += v.w;
+    }
+  }
+  float sum = 0.0f, square = 0.0f, dot = 0.0f;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i)
+    if ((i / 4) * 32 + 4 * q + i % 4 < rank) sum += z[i];
+  const float mean = eight_sum(sum) / rank;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; ++i) {
+    const int n = (i / 4) * 32 + 4 * q + i % 4;
+    if (n < rank) {
+      const float c = z[i] - mean;
+      square = fmaf(c, c, square);
+      dot = fmaf(c, __ldg(constants + RP + n), dot);
+    }
+  }
+  square = eight_sum(square);
+  dot = eight_sum(dot);
+  const float y = dot * rsqrtf(square / rank + __ldg(constants + 2 * RP + 1)) + __ldg(constants + 2 * RP);
+  return y > 20.0f ? y : log1pf(expf(y));
+}
+
+// Called by a whole block that holds the last part of `tile`.
+__device__ __forceinline__ bool finish_tile(
+    int tile, int rows, const float* partial, int splits, const float* constants, int rank, const Verdict& v) {
+  const float limit = number(v.threshold_at, v.threshold);
+  bool need = false;
+  // All lanes of a warp stay in the loop: the shuffles inside need them.
+  for (int base = 0; base < ROWS; base += blockDim.x / 8) {
+    const int local = base + threadIdx.x / 8, row = tile * ROWS + local;
+    const bool mine = local < ROWS && row < rows;
+    const float* part = partial + ((i64)tile * splits * ROWS + (mine ? local : 0)) * RP;
+    const float risk = risk_of(part, splits, (i64)ROWS * RP, constants, rank);
+    if (mine && threadIdx.x % 8 == 0) {
+      v.risk[row] = risk;
+      bool out = risk < limit && (!v.may_skip || v.may_skip[row]);  // a NaN risk never skips
+      if (v.latched) {
+        out = out || v.latched[row];
+        v.latched[row] = out;
+      }
+      need = need || (!out && (!v.real || v.real[row]));
+    }
+  }
+  return need;
+}
+
+#if RANKS > 0
+#define THREADS 256
+// A block: RANKS columns x ROWS rows, its 256 threads along the hidden axis.
+__device__ __forceinline__ void project(
+    const typename Elem<T>::raw* hidden, const Rows& at, int rows, int width, const float* weight, int padded, float* partial) {
+  const int tile = blockIdx.x, column = blockIdx.y * RANKS;
+  float acc[RANKS * ROWS];
+#pragma unroll
+  for (int i = 0; i < RANKS * ROWS; ++i) acc[i] = 0.0f;
+  constexpr int DEEP = RANKS == 1 ? 2 : 1;  // the 64 sums of the wide form leave no registers for a second round
+#pragma unroll DEEP
+  for (int k = threadIdx.x * 8; k < padded; k += THREADS * 8) {
+    float w[RANKS][8];
+#pragma unroll
+    for (int n = 0; n < RANKS; ++n) {
+      const float4* p = (const float4*)(weight + (i64)(column + n) * padded + k);
+      const float4 a = __ldg(p), b = __ldg(p + 1);
+      w[n][0] = a.x, w[n][1] = a.y, w[n][2] = a.z, w[n][3] = a.w;
+      w[n][4] = b.x, w[n][5] = b.y, w[n][6] = b.z, w[n][7] = b.w;
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const int row = min(tile * ROWS + r, rows - 1);  // a row past the end repeats the last: no branch, nothing stored
+      const typename Elem<T>::raw* p = hidden + at.offset(row);
+      const bool aligned = ((u64)p & 15) == 0;
+#pragma unroll
+      for (int part = 0; part < 8 / Vec<T>::N; ++part) {
+        const int first = k + part * Vec<T>::N;
+        float x[Vec<T>::N];
+        unpack<T>(load_vec<T>(p + first, width - first, aligned), x);
+#pragma unroll
+        for (int n = 0; n < RANKS; ++n)
+#pragma unroll
+          for (int j = 0; j < Vec<T>::N; ++j)
+            acc[n * ROWS + r] = fmaf(w[n][part * Vec<T>::N + j], x[j], acc[n * ROWS + r]);
+      }
+    }
+  }
+  __shared__ float sums[THREADS / 32][RANKS * ROWS];
+#pragma unroll
+  for (int i = 0; i < RANKS * ROWS; ++i) {
+    const float s = warp_sum(acc[i]);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][i] = s;
+  }
+  __syncthreads();
+  if (threadIdx.x < RANKS * ROWS) {
+    float s = 0.0f;
+    for (int w = 0; w < THREADS / 32; ++w) s += sums[w][threadIdx.x];
+    const int n = threadIdx.x / ROWS, r = threadIdx.x % ROWS;
+    partial[((i64)tile * ROWS + r) * RP + column + n] = s;
+  }
+}
+#else
+#define THREADS (ROWS * 2)
+#define BK 64
+#define STAGE_BYTES ((ROWS + 64 * PARTS) * BK * 2)
+// Rows of 128 bytes in shared memory; 16-byte chunk c of row r lies at c ^ (r % 8), so ldmatrix meets no bank twice.
+__device__ __forceinline__ u32 cell(int row, int chunk) { return (u32)(row * 128 + ((chunk ^ (row & 7)) << 4)); }
+
+// A block: ROWS rows x 64 columns, its share of the hidden axis; 8 warps at ROWS = 128, each 32 x 32.
+__device__ __forceinline__ void project(
+    const typename Elem<T>::raw* hidden, const Rows& at, int rows, int width, const typename Elem<T>::raw* weight, int padded,
+    float* partial) {
+  DYNAMIC_SHARED(shared);
+  const u32 base = shared_address(shared);
+  const int tile = blockIdx.x, column = blockIdx.y * 64, split = blockIdx.z, splits = gridDim.z;
+  const int tid = threadIdx.x, lane = tid % 32, warp_m = tid / 64, warp_n = (tid / 32) % 2;
+  const int steps = padded / BK, begin = steps * split / splits, end = steps * (split + 1) / splits;
+
+  // A thread always copies the same 16-byte column of the same rows: their addresses are worked out once.
+  constexpr int LANES = THREADS / 8, X_COPIES = ROWS / LANES, W_COPIES = 64 * PARTS / LANES;
+  const int chunk = tid % 8, lead = tid / 8;
+  const typename Elem<T>::raw* from[X_COPIES];
+#pragma unroll
+  for (int i = 0; i < X_COPIES; ++i) {
+    const int row = tile * ROWS + lead + i * LANES;
+    from[i] = row < rows ? hidden + at.offset(row) + chunk * 8 : nullptr;
+  }
+  auto fetch = [&](int step) {
+    const u32 to = base + (u32)((step - begin) % STAGES) * STAGE_BYTES;
+    const int k = step * BK, left = width - k - chunk * 8;
+    const u32 whole = left > 0 ? (u32)min(left * 2, 16) : 0u;
+#pragma unroll
+    for (int i = 0; i < X_COPIES; ++i) {
+      const u32 bytes = from[i] ? whole : 0u;
+      copy_async16(to + cell(lead + i * LANES, chunk), bytes ? from[i] + k : hidden, bytes);
+    }
+#pragma unroll
+    for (int i = 0; i < W_COPIES; ++i) {
+      const int r = lead + i * LANES, part = r / 64, n = r % 64;
+      copy_async16(to + ROWS * 128 + cell(r, chunk), weight + (i64)(part * RP + column + n) * padded + k + chunk * 8, 16);
+    }
+  };
+
+  float acc[2][4][4];
+#pragma unroll
+  for (int i = 0; i < 32; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (begin + s < end) fetch(begin + s);
+    copy_async_commit();
+  }
+  for (int step = begin; step < end; ++step) {
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    if (step + STAGES - 1 < end) fetch(step + STAGES - 1);
+    copy_async_commit();  // an empty group keeps the count of pending groups the same in every round
+    const u32 x = base + (u32)((step - begin) % STAGES) * STAGE_BYTES, w = x + ROWS * 128;
+#pragma unroll
+    for (int kk = 0; kk < BK / 16; ++kk) {
+      u32 a[2][4];
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+        load_matrix4(a[m], x + cell(warp_m * 32 + m * 16 + lane % 16, kk * 2 + lane / 16));
+#pragma unroll
+      for (int part = 0; part < PARTS; ++part) {
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          u32 b[4];
+          const int n = part * 64 + warp_n * 32 + pair * 16 + lane % 8 + (lane / 16) * 8;
+          load_matrix4(b, w + cell(n, kk * 2 + lane / 8 % 2));
+#pragma unroll
+          for (int m = 0; m < 2; ++m) {
+            mma_16x8x16<T>(acc[m][pair * 2], a[m], b[0], b[1]);
+            mma_16x8x16<T>(acc[m][pair * 2 + 1], a[m], b[2], b[3]);
+          }
+        }
+      }
+    }
+  }
+  float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + warp_n * 32 + (lane % 4) * 2;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const int row = warp_m * 32 + m * 16 + lane / 4;
+      *(float2*)(out + row * RP + n * 8) = make_float2(acc[m][n][0], acc[m][n][1]);
+      *(float2*)(out + (row + 8) * RP + n * 8) = make_float2(acc[m][n][2], acc[m][n][3]);
+    }
+}
+#endif
+
+#if RANKS > 0
+#define WEIGHT float
+#else
+#define WEIGHT typename Elem<T>::raw
+#endif
+
+// grid: (tiles, blocks along the rank, splits). scratch: [0] and [1] for the flag, [2 + tile] counts a tile's parts.
+extern "C" __global__ void __launch_bounds__(THREADS) probe(
+    const typename Elem<T>::raw* hidden, i64 outer, i64 inner, int per_outer, int rows, int width,
+    const WEIGHT* weight, int padded, const float* constants, int rank, float* partial, u32* scratch,
+    const float* threshold_at, float threshold, float* risk, u8* latched, const u8* may_skip, const u8* real, int* needs,
+    const u64* handles, int handle_count, int has_opposite) {
+  const Rows at = {outer, inner, per_outer};
+  const int tile = blockIdx.x;
+  project(hidden, at, rows, width, weight, padded, partial);
+  if (!arrive_last(scratch + 2 + tile, gridDim.y * gridDim.z)) return;
+  const Verdict v = {threshold_at, threshold, risk, latched, may_skip, real, needs, handles, handle_count, has_opposite};
+  const bool need = finish_tile(tile, rows, partial, gridDim.z, constants, rank, v);
+  publish_need(need, scratch, gridDim.x, needs, handles, handle_count, has_opposite);
+}

@@ -1,0 +1,261 @@
+"""The LREProbe and the per-layer router as single launches: projection, norm, head, threshold, latch and "any token left?".
+
+Up to 8 rows, and always for float32 or unaligned rows, the projection is plain float32 arithmetic with float32 weights:
+equal to the twin but for the order of additions. More rows go to the tensor cores. There the weight is kept as hi + lo in the
+hidden state's dtype ("split", the default: a weight loses 2^-17 of itself in bfloat16, 2^-22 in float16, less than the order of
+additions costs) or rounded once ("plain": 2^-9 and 2^-12; half the weight traffic). Sums are float32 everywhere.
+
+    weights = ProbeWeights.pack(probe, device)
+    risk = probe_risk(hidden, weights, threshold=0.8, latched=latched, needs=flag)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_cli.gpu.compile import (
+    F32,
+    I32,
+    MAX_ROWS,
+    counters,
+    device_index,
+    kind,
+    launch,
+    properties,
+    refuse_in_capture,
+)
+from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
+
+FEW_ROWS = 8
+"""Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
+MAX_RANK = 256
+Precision = Literal["split", "plain"]
+
+
+class Handles(Protocol):
+    """What a kernel needs to arm IF nodes itself; `conditional.Conditions` is one."""
+
+    table: Tensor
+    count: int
+    has_opposite: bool
+
+
+@dataclass
+class ProbeWeights:
+    """A probe's parameters as the kernel reads them, on one device."""
+
+    width: int
+    rank: int
+    full: Tensor
+    """[RP, padded] float32, zero where rank and width end."""
+    constants: Tensor
+    """bias[RP], gamma * head[RP], beta . head + head bias, eps."""
+    halves: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    """[2, RP, padded]: hi and lo, made at first use of a dtype."""
+
+    @classmethod
+    def pack(cls, probe: Any, device: torch.device | str) -> ProbeWeights:
+        """From anything with `proj`, `norm` and `head`, such as LREProbe."""
+        proj, norm, head = probe.proj, probe.norm, probe.head
+        weight = proj.weight.detach().to(device=device, dtype=torch.float32)
+        rank, width = weight.shape
+        if rank > MAX_RANK:
+            raise ValueError(f"a probe of rank {rank}: the kernel goes up to {MAX_RANK}")
+        padded_rank, padded = -(-rank // 64) * 64, -(-width // 64) * 64
+        full = torch.zeros(padded_rank, padded, device=device)
+        full[:rank, :width] = weight
+        constants = torch.zeros(2 * padded_rank + 2, device=device)
+        scale = head.weight.detach().to(constants).flatten()
+        if proj.bias is not None:
+            constants[:rank] = proj.bias.detach().to(constants)
+        constants[padded_rank : padded_rank + rank] = norm.weight.detach().to(constants) * scale
+        constants[2 * padded_rank] = norm.bias.detach().to(constants) @ scale + head.bias.detach().to(constants)[0]
+        constants[2 * padded_rank + 1] = norm.eps
+        return cls(width, rank, full, constants)
+
+    def half(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.halves:
+            refuse_in_capture(f"this probe's weight in {dtype}")
+            high = self.full.to(dtype)
+            self.halves[dtype] = torch.stack([high, (self.full - high.float()).to(dtype)])
+        return self.halves[dtype]
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """A router's linear layer, float32, on one device."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float = 1e-5
+
+    @classmethod
+    def pack(cls, linear: Any, device: torch.device | str, eps: float = 1e-5) -> RouterWeights:
+        weight = linear.weight.detach().to(device=device, dtype=torch.float32).flatten().contiguous()
+        bias = torch.zeros(1, device=device) if linear.bias is None else linear.bias.detach().to(weight).clone()
+        return cls(weight, bias, eps)
+
+
+def probe_risk(
+    hidden: Tensor,
+    weights: ProbeWeights,
+    *,
+    threshold: Number | None = None,
+    latched: Tensor | None = None,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+    arm: Handles | None = None,
+    precision: Precision = "split",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Risk of every row of [N, H] or [B, T, H], float32.
+
+    With a threshold: latched |= (risk < threshold) & may_skip, and needs (int32, one entry) becomes 1 if any `real` token is
+    not latched (or, with nothing to latch, does not fire), else 0. `arm` sets those conditional nodes to the same value.
+    """
+    rows = Rows.of(hidden, "hidden")
+    device = rows.tensor.device
+    _check_width(rows, weights.width, weights.full.device)
+    risk = buffer(out, "risk", rows.shape, torch.float32, device)
+    if _nothing_to_do(rows, needs, arm):
+        return risk.view(hidden.shape[:-1])
+    plan = _plan(rows, weights, precision, kind(hidden, "hidden"))
+    constants = plan.constants | _conditional(arm)
+    partial = torch.empty(plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"], device=device)
+    launch(
+        "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared,
+        args=[
+            *rows.args(), I32(rows.count), I32(rows.width), plan.weight, I32(weights.full.shape[1]), weights.constants,
+            I32(weights.rank), partial, counters(device),
+            *number(float("-inf") if threshold is None else threshold, "threshold", device), risk,
+            flat(latched, "latched", rows.count, device, *MASK), *_tail(rows, may_skip, real, needs, arm),
+        ],
+    )  # fmt: skip
+    return risk.view(hidden.shape[:-1])
+
+
+def router_score(
+    hidden: Tensor,
+    weights: RouterWeights,
+    *,
+    threshold: Number = 0.0,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+    arm: Handles | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logit (float32) and run (bool: logit > threshold, and wherever a token may not skip) of every row. NaN runs."""
+    rows = Rows.of(hidden, "hidden")
+    device = rows.tensor.device
+    _check_width(rows, weights.weight.numel(), weights.weight.device)
+    given = out or (None, None)
+    logit = buffer(given[0], "logit", rows.shape, torch.float32, device)
+    run = buffer(given[1], "run", rows.shape, torch.bool, device)
+    shape = hidden.shape[:-1]
+    if _nothing_to_do(rows, needs, arm):
+        return logit.view(shape), run.view(shape)
+    constants = _router_plan(rows, kind(hidden, "hidden")) | _conditional(arm)
+    launch(
+        "router", "router", constants, device,
+        grid=(-(-rows.count // constants["ROWS"]),), threads=constants["WARPS"] * constants["ROWS"] * 32,
+        args=[
+            *rows.args(), I32(rows.count), I32(rows.width), weights.weight, weights.bias, F32(weights.eps), counters(device),
+            *number(threshold, "threshold", device), logit, run, *_tail(rows, may_skip, real, needs, arm),
+        ],
+    )  # fmt: skip
+    return logit.view(shape), run.view(shape)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    constants: dict[str, int]
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
+    weight: Tensor
+
+
+def _plan(rows: Rows, weights: ProbeWeights, precision: Precision, element: int) -> _Plan:
+    """How the projection is cut; the two ways are described in probe.cu."""
+    padded_rank, padded = weights.full.shape
+    common = {"T": element, "RP": padded_rank}
+    if precision not in ("split", "plain"):
+        raise ValueError(f"precision '{precision}' is not known: split or plain")
+    if element == 0 or rows.count <= FEW_ROWS or not rows.aligned:
+        size, ranks = (1, 1) if rows.count <= FEW_ROWS else (8, 8)
+        _check_tiles(-(-rows.count // size))
+        constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
+        return _Plan(constants, (-(-rows.count // size), -(-weights.rank // ranks), 1), 256, 0, weights.full)
+    size = 32 if rows.count <= 256 else 64 if rows.count <= 1024 else 128
+    parts = 2 if precision == "split" else 1
+    stage = (size + 64 * parts) * 128
+    found = properties(device_index(rows.tensor.device))
+    stages = 4 if 4 * stage + 1024 <= found.shared_memory_per_block_optin else 3
+    tiles, columns, steps = -(-rows.count // size), padded_rank // 64, padded // 64
+    _check_tiles(tiles)
+    # Enough blocks for every multiprocessor; more than 16 parts per tile would cost more to add up than they save.
+    splits = max(1, min(16, steps, found.multi_processor_count // (tiles * columns)))
+    constants = common | {"ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
+    return _Plan(constants, (tiles, columns, splits), 2 * size, stages * stage, weights.half(rows.tensor.dtype))
+
+
+def _router_plan(rows: Rows, element: int) -> dict[str, int]:
+    """A warp per row when rows fill the chip, a block per row when they do not or do not fit a warp's registers."""
+    vectors = -(-rows.width // (4 if element == 0 else 8))
+    few = rows.count <= properties(device_index(rows.tensor.device)).multi_processor_count * 4
+    warps = 8 if few or vectors > 32 * 16 else 1
+    per_lane = -(-vectors // (32 * warps))
+    if per_lane > 16:
+        raise ValueError(
+            f"rows of {rows.width} elements: the router kernel holds up to {16 * 256 * 16} bytes in registers"
+        )
+    return {"T": element, "WARPS": warps, "VECTORS": per_lane, "ROWS": 1 if warps == 8 else 8}
+
+
+def _check_width(rows: Rows, width: int, device: torch.device) -> None:
+    if rows.width != width:
+        raise ValueError(f"hidden states of width {rows.width}; the weights read {width}")
+    if rows.tensor.device != device:
+        raise ValueError(f"hidden states are on {rows.tensor.device}, the weights on {device}")
+
+
+def _check_tiles(tiles: int) -> None:
+    if tiles > MAX_ROWS:
+        raise ValueError(f"{tiles} tiles of rows in one call: at most {MAX_ROWS}")
+
+
+def _nothing_to_do(rows: Rows, needs: Tensor | None, arm: Handles | None) -> bool:
+    """No row: no token needs anything, and nothing is launched."""
+    if rows.count:
+        return False
+    if arm is not None:
+        raise ValueError("no rows: there is nothing to arm conditional nodes with")
+    if needs is not None:
+        needs.zero_()
+    return True
+
+
+def _conditional(arm: Handles | None) -> dict[str, int]:
+    return {} if arm is None else {"SET_CONDITION": 1}
+
+
+def _tail(
+    rows: Rows, may_skip: Tensor | None, real: Tensor | None, needs: Tensor | None, arm: Handles | None
+) -> list[Tensor | np.generic | None]:
+    """The arguments both kernels end with."""
+    device = rows.tensor.device
+    return [
+        flat(may_skip, "may_skip", rows.count, device, *MASK),
+        flat(real, "real", rows.count, device, *MASK),
+        flat(needs, "needs", 1, device, torch.int32),
+        None if arm is None else arm.table,
+        I32(0 if arm is None else arm.count),
+        I32(0 if arm is None else int(arm.has_opposite)),
+    ]

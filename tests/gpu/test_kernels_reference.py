@@ -1,0 +1,202 @@
+"""The twins against brute force in float64: what they say is what the kernels are held to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sedac_cli.gpu import compile as compiling
+from sedac_cli.gpu import conditional, entropy, probe, reference, route
+from sedac_cli.probes import LREProbe
+
+INF, NAN = float("inf"), float("nan")
+
+
+def brute_entropy(row: torch.Tensor) -> tuple[float, float, int]:
+    logits = [float(value) for value in row.double()]
+    top = max(logits)
+    weights = [math.exp(value - top) for value in logits]
+    total = sum(weights)
+    bits = -sum(w / total * math.log2(w / total) for w in weights if w > 0)
+    return bits, 1.0 / total, logits.index(top)
+
+
+@pytest.mark.parametrize("shape", [(0, 17), (1, 1), (1, 1000), (3, 1001), (2, 2, 37)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_entropy_is_the_definition(shape, dtype):
+    logits = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 4).to(dtype)
+    found = reference.fused_entropy(logits)
+    assert found.entropy.shape == found.confidence.shape == found.argmax.shape == shape[:-1]
+    rows = logits.reshape(-1, shape[-1])
+    for i, row in enumerate(rows):
+        bits, largest, best = brute_entropy(row)
+        assert found.entropy.flatten()[i].item() == pytest.approx(bits, abs=2e-5)
+        assert found.confidence.flatten()[i].item() == pytest.approx(largest, rel=1e-5)
+        assert found.argmax.flatten()[i].item() == best
+
+
+def test_entropy_of_more_rows_than_one_chunk(monkeypatch):
+    monkeypatch.setattr(reference, "CHUNK_BYTES", 4 * 50 * 3)
+    logits = torch.randn(10, 50)
+    whole = reference.entropy_of_logits(logits)
+    assert all(torch.equal(a, b) for a, b in zip(reference.fused_entropy(logits), whole, strict=True))
+
+
+def test_special_logits():
+    low = torch.finfo(torch.float32).min
+    rows = torch.tensor(
+        [
+            [-INF, 1.0, 1.0, -INF],  # probability 0 twice
+            [NAN, 1.0, 2.0, 3.0],
+            [INF, 1.0, 2.0, 3.0],
+            [-INF, -INF, -INF, -INF],
+            [3e38, -3e38, low, -INF],  # differences beyond float32
+            [low, low, low, low],
+        ]
+    )
+    found = reference.fused_entropy(rows)
+    assert found.entropy[[0, 4, 5]].tolist() == pytest.approx([1.0, 0.0, 2.0])
+    assert found.confidence[[0, 4, 5]].tolist() == pytest.approx([0.5, 1.0, 0.25])
+    assert found.entropy[1:4].isnan().all()
+    assert found.confidence[1:4].isnan().all()
+    assert found.argmax[[0, 2, 4]].tolist() == [1, 0, 0]
+    assert ((found.argmax >= 0) & (found.argmax < 4)).all()
+
+
+def test_decision_is_the_v9_rule():
+    torch.manual_seed(0)
+    logits, now = torch.randn(5, 300) * 3, torch.randn(5, 24)
+    before = now + torch.randn(5, 24) * torch.tensor([0.0, 0.1, 1.0, 10.0, 0.5])[:, None]
+    mean, std, p, t = 5.0, 1.5, 0.75, 0.3
+    found = reference.fused_entropy_decision(logits, now, before, mean, std, p, t)
+    for i in range(5):
+        bits = brute_entropy(logits[i])[0]
+        conf = 1 / (1 + math.exp(-2 * (mean - bits) / std))
+        stab = 1 / (1 + math.dist(now[i].tolist(), before[i].tolist()) / math.hypot(*now[i].tolist()))
+        assert found.confidence[i].item() == pytest.approx(conf, rel=1e-4)
+        assert bool(found.decision[i]) == (conf * stab * p > t - 0.2 * p)
+        assert found.load[i].item() == pytest.approx(0.5 * (1 - conf) + 0.3 * (1 - stab) + 0.2 * (1 - p), rel=1e-4)
+    assert found.decision.any()
+    assert not found.decision.all()
+
+
+def test_decision_with_nan_or_a_zero_state_never_skips_by_accident():
+    logits, zero = torch.zeros(2, 10), torch.zeros(2, 4)
+    logits[0, 0] = NAN
+    found = reference.fused_entropy_decision(logits, zero, zero, 9.0, 1.0, 1.0, 0.5)
+    assert found.decision.tolist() == [False, True]  # 0/0 counts as "has not moved"
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("rank", [1, 10, 64])
+def test_probe_risk_is_the_probe(rows, rank):
+    torch.manual_seed(rows)
+    probe_, hidden = LREProbe(33, rank).requires_grad_(False), torch.randn(rows, 33)
+    found = reference.probe_risk(hidden, probe_)
+    assert torch.allclose(found.double(), _double_probe(probe_.double(), hidden.double()), atol=1e-5)
+
+
+def _double_probe(probe_: LREProbe, hidden: torch.Tensor) -> torch.Tensor:
+    z = hidden @ probe_.proj.weight.T + probe_.proj.bias
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + probe_.norm.eps).sqrt()
+    y = (z * probe_.norm.weight + probe_.norm.bias) @ probe_.head.weight.T + probe_.head.bias
+    return torch.log1p(y.exp()).squeeze(-1)
+
+
+def test_probe_latches_what_fires_and_may():
+    probe_ = LREProbe(8, 4).requires_grad_(False)
+    hidden = torch.randn(6, 8)
+    hidden[5] = NAN
+    risk = reference.probe_risk(hidden, probe_)
+    limit = float(risk[:5].median())
+    latched = torch.tensor([True, False, False, False, False, False])
+    may = torch.tensor([True, True, True, False, True, True])
+    needs = torch.zeros(1, dtype=torch.int32)
+    reference.probe_risk(hidden, probe_, threshold=limit, latched=latched, may_skip=may, needs=needs)
+    expected = [True, *[bool(risk[i] < limit) and bool(may[i]) for i in range(1, 6)]]
+    assert latched.tolist() == expected
+    assert not latched[5]  # NaN
+    assert needs.item() == 1
+    real = latched.clone()  # nobody else is real: nothing is left to run
+    reference.probe_risk(hidden, probe_, threshold=limit, latched=latched, may_skip=may, real=real, needs=needs)
+    assert needs.item() == 0
+
+
+def test_router_score():
+    linear = torch.nn.Linear(9, 1).requires_grad_(False)
+    hidden = torch.randn(2, 3, 9)
+    hidden[1, 2] = NAN
+    needs = torch.zeros((), dtype=torch.int32)
+    may = torch.ones(2, 3, dtype=torch.bool)
+    may[0, 0] = False
+    logit, run = reference.router_score(hidden, linear, threshold=0.1, may_skip=may, needs=needs)
+    x = hidden.double()
+    normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    exact = (normal @ linear.weight.double().T + linear.bias.double()).squeeze(-1)
+    assert torch.allclose(logit.double(), exact, atol=1e-5, equal_nan=True)
+    assert run[0, 0]
+    assert run[1, 2]
+    assert torch.equal(run.flatten()[1:5], (exact > 0.1).flatten()[1:5])
+    assert needs.item() == 1
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 33])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_routing_is_stable_and_comes_back(rows, share):
+    torch.manual_seed(rows)
+    hidden, leaves = torch.randn(rows, 5), torch.rand(rows) < share
+    found = reference.route_split(hidden, leaves)
+    stay, gone = [i for i in range(rows) if not leaves[i]], [i for i in range(rows) if leaves[i]]
+    assert found.counts.tolist() == [len(stay), len(gone)]
+    assert found.active_indices[: len(stay)].tolist() == stay
+    assert found.exit_indices[: len(gone)].tolist() == gone
+    assert torch.equal(found.active[: len(stay)], hidden[stay])
+    assert torch.equal(found.exit[: len(gone)], hidden[gone])
+    assert torch.equal(reference.route_merge(found.active, found.exit, found.slot), hidden)
+    packed = reference.gather_rows(hidden, torch.where(leaves, 0.0, 0.5))
+    assert torch.equal(packed.rows[: len(stay)], hidden[stay])
+    back = reference.scatter_rows(packed.rows, packed.slot)
+    assert torch.equal(back, torch.where(leaves[:, None], 0.0, hidden))
+
+
+# Asking for a kernel where there is no GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_machine_without_a_gpu_says_so():
+    compiling.require_gpu.cache_clear()
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        compiling.require_gpu()
+    with pytest.raises(RuntimeError, match="no CUDA device"):
+        conditional.ConditionalGraph()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: entropy.fused_entropy(x),
+        lambda x: probe.probe_risk(x, probe.ProbeWeights.pack(LREProbe(4, 2), "cpu")),
+        lambda x: probe.router_score(x, probe.RouterWeights.pack(torch.nn.Linear(4, 1), "cpu")),
+        lambda x: route.route_split(x, torch.ones(2, dtype=torch.bool)),
+        lambda x: route.gather_rows(x, torch.ones(2)),
+    ],
+)
+def test_a_cpu_tensor_is_refused_not_computed(call):
+    with pytest.raises(RuntimeError, match="kernels take CUDA tensors"):
+        call(torch.zeros(2, 4))
+
+
+def test_every_span_covers_its_rows():
+    """The kernel's bookkeeping: equal spans that cover every logit once, and a partial's place used by one (block, row)."""
+    for rows, vocab in ((1, 1000), (1, 262144), (7, 32001), (32, 151936), (1024, 151936), (5000, 1000)):
+        span = entropy.span_of(rows, vocab, 132)
+        blocks = -(-rows * vocab // span)
+        assert blocks * span >= rows * vocab > (blocks - 1) * span
+        places = set()
+        for row in range(0, rows, max(1, rows // 50)):
+            for block in range(row * vocab // span, ((row + 1) * vocab - 1) // span + 1):
+                assert block + row < blocks + rows
+                assert (block + row) not in places
+                places.add(block + row)
