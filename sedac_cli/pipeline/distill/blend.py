@@ -32,6 +32,7 @@ class Control:
     """What the blended layers share. `on=False` gives the dense model."""
 
     on: bool = True
+    noise: Tensor = field(default_factory=lambda: torch.zeros(()))
     limit: Tensor = field(default_factory=lambda: torch.zeros(0))
     sinks: int = 4
     running: Any = None
@@ -66,7 +67,7 @@ class Control:
         running: Any = None
         for blend in self.layers.values():
             if blend.router is not None:
-                score = blend.mask(blend.router(blend.seen))
+                score = blend.mask(blend.router(blend.seen) + blend.jitter)
                 running = score if not blend.latch or running is None else torch.maximum(score, running)
             rows.append(running)
         return torch.stack(rows)
@@ -85,6 +86,14 @@ class Blend(nn.Module):
         self.score: Tensor | None = None
         self.entering: Tensor | None = None
         self.seen: Any = None
+        self.jitter: Any = None
+
+    def shaken(self, score: Tensor) -> Tensor:
+        """Score plus logistic noise. A straight-through gradient shows a skipped token all the harm of its own choice and
+        a kept one none of it, so without noise every score is drawn to the limit; tossed both ways, each sees both."""
+        uniform = torch.rand_like(score).clamp(1e-6, 1 - 1e-6)
+        self.jitter = self.control.noise * (uniform.log() - torch.log1p(-uniform))
+        return self.mask(score + self.jitter)
 
     def mask(self, score: Tensor) -> Tensor:
         position = torch.arange(score.shape[1], device=score.device)
@@ -99,7 +108,7 @@ class Blend(nn.Module):
             # detached: a router learns from its choice, the layers before it do not learn to please it
             self.seen = (x if self.entering is None else self.entering).detach()
             with torch.autocast(x.device.type, enabled=False):
-                score = self.mask(self.router(self.seen))
+                score = self.shaken(self.router(self.seen))
             if self.latch and control.running is not None:
                 score = torch.maximum(score, control.running)
         else:

@@ -37,7 +37,7 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
     ):
         control.on = False
         dense = [decoder.last_hidden(ids) for ids in batches]
-        control.on = True
+        control.on, control.noise = True, torch.zeros((), device=device)
         rows = []
         for share in shares:
             table = BudgetTable(len(trainer.layers), decoder.num_layers, device, smoothing=0.5)

@@ -47,6 +47,7 @@ class DistillOptions:
     lr: float = 2e-3
     router_lr: float = 3e-4
     spread: float = 0.5
+    noise: float = 1.0
     sinks: int = 4
     seed: int = 0
     compile: bool = False
@@ -202,6 +203,7 @@ class Trainer:
                 self.decoder.last_hidden(ids)
                 self.table.update(control.scores())
         shares = self._shares(ids.shape[0], done)
+        control.noise = torch.tensor(self.options.noise * max(0.1, 1 - done / 0.8), device=self.device)
         control.start(self.table.limits(shares).requires_grad_())
         with autocast:
             gated = self.decoder.last_hidden(ids)
