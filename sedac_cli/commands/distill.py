@@ -34,6 +34,12 @@ def distill(
     batch_size: Annotated[int, option("Training", "--batch-size", min=1, help="Samples per step.")] = 16,
     lr: Annotated[float, option("Training", "--lr", min=1e-8, help="Peak learning rate of the stand-ins.")] = 2e-3,
     router_lr: Annotated[float, option("Training", "--router-lr", min=1e-8, help="Peak rate of the routers.")] = 3e-4,
+    router_width: Annotated[
+        int, option("Training", "--router-width", min=0, help="Hidden units of a router; 0 is linear.")
+    ] = 16,
+    noise: Annotated[
+        float, option("Training", "--noise", min=0, help="Noise on the scores at the start of training.")
+    ] = 1.0,
     spread: Annotated[
         float, option("Training", "--spread", min=0, max=1, help="Share of samples trained at budgets off the target.")
     ] = 0.5,
@@ -54,7 +60,7 @@ def distill(
         gate=gate, target_skip=target_skip, rank=rank, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr,
         layers=None if layers == "auto" else tuple(parse_layers(layers)),
         checkpoints=tuple(parse_layers(checkpoints)) if checkpoints else None,
-        router_lr=router_lr, spread=spread, sinks=sinks, seed=seed, compile=compile,
+        router_lr=router_lr, router_width=router_width, noise=noise, spread=spread, sinks=sinks, seed=seed, compile=compile,
     )  # fmt: skip
     report = run(load_model(model), text, options, save, resume, out.progress())
     if not report.curve:

@@ -71,7 +71,7 @@ def _load_router(state: dict[str, torch.Tensor], decoder: Decoder, path: Path) -
     width = state["weight"].shape[0]
     if width != decoder.hidden_size:
         raise InputError(f"{path}: routers of width {width}, the model's states are {decoder.hidden_size} wide")
-    router = Router(width)
+    router = Router(width, state["outer"].shape[0])
     router.load_state_dict(state)
     return router.requires_grad_(False)
 

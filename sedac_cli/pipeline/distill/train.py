@@ -46,6 +46,7 @@ class DistillOptions:
     batch_size: int = 16
     lr: float = 2e-3
     router_lr: float = 3e-4
+    router_width: int = 16
     spread: float = 0.5
     noise: float = 1.0
     sinks: int = 4
@@ -125,8 +126,11 @@ class Trainer:
 
     def _router(self, layer: int) -> Router:
         """Random directions, and an offset that starts with the layers that do least harm."""
-        router = Router(self.decoder.hidden_size)
-        nn.init.normal_(router.weight, std=0.3 / self.decoder.hidden_size**0.5)
+        size = self.decoder.hidden_size
+        router = Router(size, self.options.router_width)
+        nn.init.normal_(router.weight, std=0.3 / size**0.5)
+        nn.init.normal_(router.inner, std=size**-0.5)
+        nn.init.normal_(router.outer, std=0.02)
         nn.init.constant_(router.bias, -math.log(max(self.harm[layer], 1e-6) / self._median_harm()))
         return router
 
