@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from sedac_cli.artifacts.files import read_json, sha256_file, write_json
 from sedac_cli.artifacts.manifest import ModelIdentity, Strict
@@ -36,6 +36,16 @@ class ProbeFile(Strict):
             )
 
 
+class GuardSettings(Strict):
+    """The fields of `gates.base.Guards`."""
+
+    sinks: int = Field(0, ge=0)
+    first: int = Field(0, ge=0)
+    last: int = Field(0, ge=0)
+    prefill: bool = True
+    decode: bool = True
+
+
 class Promise(Strict):
     """What the thresholds were made to keep. `exit-rate` targets a share of tokens and says nothing about quality;
     `certified` is a bound on a loss that holds with the given confidence."""
@@ -55,7 +65,7 @@ class Thresholds(Strict):
     layers: list[int]
     thresholds: list[float]
     probes: dict[int, ProbeFile]
-    guards: dict[str, Any]
+    guards: GuardSettings
     target_label: str
     found_by: dict[str, Any]
     promise: Promise
@@ -64,14 +74,16 @@ class Thresholds(Strict):
     @field_validator("thresholds")
     @classmethod
     def _finite(cls, values: list[float]) -> list[float]:
-        if any(math.isnan(v) or v < 0 for v in values):
-            raise ValueError("thresholds are numbers >= 0")
+        if any(not math.isfinite(v) or v < 0 for v in values):
+            raise ValueError("thresholds are finite numbers >= 0")
         return values
 
     @model_validator(mode="after")
     def _one_each(self) -> Thresholds:
         if not len(self.layers) == len(self.thresholds) == len(self.probes):
             raise ValueError("layers, thresholds and probes differ in number")
+        if self.layers != sorted(self.probes):
+            raise ValueError(f"layers {self.layers} but probes for {sorted(self.probes)}")
         return self
 
     @property

@@ -66,7 +66,7 @@ def gate_from_thresholds(
     for layer, probe in thresholds.probes.items():
         probe.verify(folder)
         probes[layer] = load_probe(folder / probe.file, decoder.hidden_size)
-    guards = guards or Guards(**thresholds.guards)
+    guards = guards or Guards(**thresholds.guards.model_dump())
     kind = {"fixed": FixedGate, "cascade": CascadeGate}[thresholds.gate]
     return kind(decoder.num_layers, probes, thresholds.by_layer, thresholds.batch_rule, guards)
 

@@ -43,6 +43,7 @@ class SkipRun:
     keep_passes: bool = False
     passes: list[Pass] = field(default_factory=list)
     on_pass: Callable[[Pass], None] | None = None
+    prefill: bool | None = None
 
     def __post_init__(self) -> None:
         device = self.decoder.device
@@ -73,14 +74,18 @@ def skipping(
     decoder: Decoder | None = None,
     keep_passes: bool = False,
     on_pass: Callable[[Pass], None] | None = None,
+    prefill: bool | None = None,
 ) -> Iterator[SkipRun]:
-    """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was."""
+    """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was.
+
+    `prefill` says which phase every pass counts as; left out, a pass of several tokens or without a cache is prefill.
+    """
     decoder = decoder or find_decoder(model)
     if isinstance(gate, str):
         from sedac_cli.gates.registry import build_gate
 
         gate = build_gate(gate, decoder)
-    run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass)
+    run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass, prefill=prefill)
     installed = _Installed(run, standin or ZeroStandIn())
     installed.install()
     try:
@@ -132,8 +137,9 @@ class _Installed:
         device = self.run.decoder.device
         past = _past_length(kwargs)
         position, real = _positions(shape, kwargs.get("attention_mask"), past, device)
+        prefill = (past == 0 or shape[1] > 1) if self.run.prefill is None else self.run.prefill
         self.state = self.gate.start(
-            shape[0] * shape[1], device, shape=shape, position=position, real=real, prefill=past == 0 or shape[1] > 1
+            shape[0] * shape[1], device, shape=shape, position=position, real=real, prefill=prefill
         )
         self.counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
 
@@ -158,7 +164,8 @@ class _Installed:
         @torch.no_grad()
         def see(hidden: Tensor) -> None:
             if self.state is not None:
-                self.gate.decide(layer, hidden.reshape(-1, hidden.shape[-1]), self.state)
+                rows = hidden.reshape(-1, hidden.shape[-1])
+                self.gate.decide(layer, rows.to(self.state.scale.device), self.state)
 
         return see
 
