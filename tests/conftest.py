@@ -73,7 +73,7 @@ def save_tiny(folder: Path, family: str = "qwen2", seed: int = 0, change=None, *
     model = tiny_model(family, seed, **config)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            parameter.mul_(4.0)
+            parameter.mul_(10.0)
         elif "norm" not in name:
             parameter.normal_(0, 0.1)
     if change is not None:

@@ -120,7 +120,8 @@ class _World:
             return cls(None)
         from accelerate import PartialState
 
-        return cls(PartialState())
+        # Told so, accelerate joins CPU processes whoever started them; left to itself, only those of its own launcher.
+        return cls(PartialState(cpu=not torch.cuda.is_available()))
 
     def wait(self) -> None:
         if self.state:
