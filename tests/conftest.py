@@ -189,3 +189,36 @@ def run_python(*args: object, env: dict[str, str] | None = None, **more) -> Resu
     process = python(*args, env=env, **more)
     out, err = process.communicate(timeout=120)
     return Result(process.returncode, out, err)
+
+
+def write_collection(folder: Path, states, labels, lengths: list[int], num_layers: int = 4) -> Path:
+    """A collection made by hand: states and labels of one's choice, in the files that `collect` would have written."""
+    from sedac_cli.artifacts.manifest import Manifest, ModelIdentity, make_step
+    from sedac_cli.artifacts.tensors import save_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sum(lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+    tensors = {"token_ids.pt": torch.arange(rows).int(), "sequence_ids.pt": sequence}
+    for layer in states:
+        tensors[f"hidden_states_layer{layer}.pt"] = states[layer]
+        tensors[f"entropies_layer{layer}.pt"] = labels[layer]
+    files = {name: save_tensors(folder / name, value) for name, value in tensors.items()}
+    width = next(iter(states.values())).shape[1]
+    model = ModelIdentity(
+        ref="synthetic", architecture={"num_hidden_layers": num_layers, "hidden_size": width}, config_digest="c",
+        tokenizer_digest="t", dtype="float32", weights_sample=[1.0],
+    )  # fmt: skip
+    step = make_step({"layers": sorted(states), "target": "final"}, files, {"label_unit": "bits"})
+    Manifest(model=model, steps={"collect": step}).write(folder)
+    return folder
+
+
+@pytest.fixture
+def synthetic(tmp_path) -> Path:
+    """16 sequences of uneven length, layers 1 and 3 of 4, width 12, labels that depend on the states."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [40 + 7 * (n % 5) for n in range(16)]
+    states = {layer: torch.randn(sum(lengths), 12, generator=generator) for layer in (1, 3)}
+    labels = {layer: x[:, 0].abs() + 0.1 for layer, x in states.items()}
+    return write_collection(tmp_path / "synthetic", states, labels, lengths)
