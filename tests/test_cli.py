@@ -174,7 +174,9 @@ def test_wrong_usage(sedac, args):
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("option", ["--samples=0", "--max-length=1", "--seed=-1", "--target=nix", "--layers=", "--layers=-1"])
+@pytest.mark.parametrize(
+    "option", ["--samples=0", "--max-length=1", "--seed=-1", "--target=nix", "--layers=", "--layers=-1"]
+)
 def test_values_out_of_range(sedac, spy, option):
     assert sedac("collect", option).code == 2
     assert not spy

@@ -221,7 +221,9 @@ def test_samples_of_one_token_only(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ["a", "b"])
     with pytest.raises(InputError, match="no sample of at least 2 tokens"):
         samples(path, tokenizer, pack=False)
-    assert samples(path, tokenizer, pack=True, shuffle=False) == [[*tokenizer("a")["input_ids"], 1, *tokenizer("b")["input_ids"]]]
+    assert samples(path, tokenizer, pack=True, shuffle=False) == [
+        [*tokenizer("a")["input_ids"], 1, *tokenizer("b")["input_ids"]]
+    ]
 
 
 def test_shuffling_is_seeded_and_complete(monkeypatch):

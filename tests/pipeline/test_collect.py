@@ -58,7 +58,8 @@ def brute_force(model, ids: list[int], target: str):
             labels[layer] = entropy_bits(model.lm_head(model.model.norm(states[layer])))
         else:
             handles = [
-                block.mlp.register_forward_hook(lambda m, a, o: torch.zeros_like(o)) for block in model.model.layers[layer:]
+                block.mlp.register_forward_hook(lambda m, a, o: torch.zeros_like(o))
+                for block in model.model.layers[layer:]
             ]
             skipped = distribution(model(batch).logits[0])
             for handle in handles:
@@ -168,7 +169,9 @@ def test_more_than_a_percent_of_nan_fails(tmp_path, nan_folder, asked):
     from dataclasses import replace
 
     text = replace(documents_with_nan(tmp_path / "a.jsonl", 120, {42, 77}), samples=asked)
-    with pytest.raises(InputError, match=f"2 of {min(asked, 120)} samples gave NaN or infinite hidden states, more than 1%"):
+    with pytest.raises(
+        InputError, match=f"2 of {min(asked, 120)} samples gave NaN or infinite hidden states, more than 1%"
+    ):
         collect(CollectOptions(layers=(1,), save_dir=tmp_path / "d"), ModelSpec(str(nan_folder)), text)
     assert [p for p in (tmp_path / "d").iterdir() if not p.name.startswith(".")] == []
 
@@ -184,7 +187,9 @@ def test_layers_that_do_not_exist(tmp_path, tiny_folder, text_file):
 
 def test_text_without_samples_leaves_nothing(tmp_path, tiny_folder, sedac):
     (tmp_path / "a.txt").write_text("\n")
-    result = sedac("collect", "--model", tiny_folder, "--dataset", tmp_path / "a.txt", "--layers", 1, "--save-dir", tmp_path / "d")
+    result = sedac(
+        "collect", "--model", tiny_folder, "--dataset", tmp_path / "a.txt", "--layers", 1, "--save-dir", tmp_path / "d"
+    )
     assert result.code == 3
     assert "gave no sample" in result.err
     assert [p for p in (tmp_path / "d").iterdir() if not p.name.startswith(".")] == []
