@@ -19,11 +19,16 @@ from sedac_cli.errors import InputError
 def test_a_crash_in_the_middle_leaves_the_old_content_and_nothing_else(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as handle:
-        handle.write(b"new")
-        handle.flush()
-        assert path.read_bytes() == b"old"
-        raise ZeroDivisionError
+
+    def crash():
+        with atomic_file(path) as handle:
+            handle.write(b"new")
+            handle.flush()
+            assert path.read_bytes() == b"old"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        crash()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

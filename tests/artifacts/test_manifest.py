@@ -64,13 +64,13 @@ def test_a_damaged_manifest_is_refused(copied, edit, said):
     path = copied / "manifest.json"
     document = edit(json.loads(path.read_text()))
     path.write_text(path.read_text()[:-20] if document is None else json.dumps(document))
-    with pytest.raises(InputError, match="manifest.json") as caught:
+    with pytest.raises(InputError, match=r"manifest\.json") as caught:
         Manifest.read(copied)
     assert said in caught.value.message
 
 
 def test_steps_that_were_not_run_and_folders_without_a_manifest(tmp_path, copied):
-    with pytest.raises(InputError, match="holds no manifest.json"):
+    with pytest.raises(InputError, match=r"holds no manifest\.json"):
         Manifest.read(tmp_path)
     manifest = Manifest.read(copied)
     del manifest.steps["train-probes"]
