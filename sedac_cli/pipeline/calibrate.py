@@ -150,7 +150,7 @@ def find_thresholds(
         if not torch.isfinite(risk).all():
             raise UsageError(f"the probe of layer {layer} gives NaN on the collected states")
         if options.batch_rule == "max":
-            risk = step_maximum(risk, gone, batches)
+            risk = step_maximum(risk, batches)
         here = allowed & ~gone
         limits[layer] = threshold_at(risk[here], rate)
         gone |= here & (risk < limits[layer])
@@ -166,13 +166,12 @@ def threshold_at(risk: Tensor, rate: float) -> float:
     return float(torch.nextafter(highest, torch.tensor(torch.inf)))
 
 
-def step_maximum(risk: Tensor, gone: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Under batch rule `max`: the risk of a token is the largest of those that share its step and are still there."""
+def step_maximum(risk: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Under batch rule `max`: the risk of a token is the largest of those that share its step, which go together."""
     out = risk.clone()
     for rows, real in batches:
-        counted = real & ~gone[rows]
-        top = torch.where(counted, risk[rows], -torch.inf).amax(dim=0, keepdim=True).expand(rows.shape)
-        out[rows[counted]] = top[counted]
+        top = torch.where(real, risk[rows], -torch.inf).amax(dim=0, keepdim=True).expand(rows.shape)
+        out[rows[real]] = top[real]
     return out
 
 
