@@ -5,33 +5,45 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import typer
 
 from sedac_cli.cli import app
-from sedac_cli.console import report_crash, report_error, report_interrupt
+from sedac_cli.console import report_crash, report_error, report_interrupt, set_debug
 from sedac_cli.errors import InputError, SedacError
 
 # Typer may carry its own copy of click, so its exception classes are reached through Typer.
+INTERRUPTED = 130
 ClickError: Any = typer.BadParameter.__mro__[2]
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = sys.argv[1:] if argv is None else argv
-    sys.exit(run(args))
+    code = run(sys.argv[1:] if argv is None else argv)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 def run(args: list[str]) -> int:
-    debug = "--debug" in args
+    set_debug("--debug" in args)
     try:
         code = app(args=args, standalone_mode=False, prog_name="sedac")
+        if code == INTERRUPTED:  # Typer has turned Ctrl-C into this code
+            return report_interrupt()
         return code if isinstance(code, int) else 0
     except SedacError as error:
-        return report_error(error, debug)
+        return report_error(error)
+    except SystemExit as stop:  # Typer's answer to a closed pipe: `sedac ... | head` has seen enough
+        if isinstance(stop.__context__, BrokenPipeError):
+            return 0
+        raise
     except OSError as error:
-        return report_error(as_input_error(error), debug)
+        return report_error(as_input_error(error))
     except (KeyboardInterrupt, typer.Abort):
         return report_interrupt()
     except typer.Exit as stop:
@@ -39,10 +51,8 @@ def run(args: list[str]) -> int:
     except ClickError as error:
         error.show()
         return error.exit_code
-    except BrokenPipeError:
-        return 0
     except Exception as error:
-        return report_crash(error, debug)
+        return report_crash(error)
 
 
 def as_input_error(error: OSError) -> SedacError:

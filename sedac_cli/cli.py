@@ -38,6 +38,8 @@ def _version(show: bool) -> None:
 
 @app.callback(help=ABOUT, epilog=ENVIRONMENT)
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, allow_from_autoenv=False, help="Print the version."
+    ),
 ) -> None:
     pass

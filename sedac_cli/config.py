@@ -53,8 +53,12 @@ def _number(text: str, kind: type, option: str, form: str) -> Any:
         raise UsageError(f"--{option}: '{text}' is not a number", hint=f"--{option} takes {form}") from None
 
 
-def read_yaml_options(path: Path, command: str, options: set[str], commands: set[str]) -> dict[str, Any]:
-    """The options a YAML file gives to one command, by parameter name; unknown keys are refused."""
+def read_yaml_options(path: Path, command: str, options: dict[str, bool], commands: set[str]) -> dict[str, Any]:
+    """The options a YAML file gives to one command, by parameter name; unknown keys are refused.
+
+    `options` says of each name whether it may be given more than once. Values are read as the command line would read
+    them. An option in the command's section wins over the same option outside.
+    """
     import yaml
 
     try:
@@ -68,24 +72,29 @@ def read_yaml_options(path: Path, command: str, options: set[str], commands: set
     if not isinstance(document, dict):
         raise InputError(f"{path}: expected options as 'name: value' lines, found {type(document).__name__}")
 
-    own: dict[str, Any] = {}
-    for key, value in document.items():
-        if key in commands and isinstance(value, dict):
-            if key == command:
-                own.update(value)
-        else:
-            own[key] = value
+    sections = {key: value for key, value in document.items() if key in commands and isinstance(value, dict | None)}
+    own = {key: value for key, value in document.items() if key not in sections} | (sections.get(command) or {})
     known = sorted(option.replace("_", "-") for option in options)
     values = {}
     for key, value in own.items():
         name = str(key).replace("-", "_")
         if name not in options:
             raise UsageError(
-                f"{path}: '{key}' is not an option of `sedac {command}`.{did_you_mean(str(key), known)}",
+                f"{path}: '{key}' is not an option of `sedac {command}`."
+                + did_you_mean(str(key), [*known, *sorted(commands)]),
                 hint="options: " + ", ".join(known),
             )
-        values[name] = ",".join(map(str, value)) if isinstance(value, list) else value
+        if value is not None:
+            values[name] = _as_typed(value, options[name], f"{path}: {key}")
     return values
+
+
+def _as_typed(value: Any, repeated: bool, where: str) -> str | list[str]:
+    """A YAML value as the words of a command line: a list is repeated or joined by commas, as the option has it."""
+    if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, dict | list) for x in value)):
+        raise UsageError(f"{where}: expected a value or a list of values, found {type(value).__name__}")
+    words = [str(x).lower() if isinstance(x, bool) else str(x) for x in (value if isinstance(value, list) else [value])]
+    return words if repeated else ",".join(words)
 
 
 @dataclass(frozen=True)

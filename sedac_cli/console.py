@@ -17,6 +17,7 @@ from sedac_cli.artifacts.files import plain
 from sedac_cli.errors import SedacError
 
 _resume_hint: str | None = None
+_debug = False
 
 
 class Output:
@@ -84,8 +85,14 @@ def on_interrupt(hint: str | None) -> None:
     _resume_hint = hint
 
 
-def report_error(error: SedacError, debug: bool) -> int:
-    if debug:
+def set_debug(on: bool) -> None:
+    """Show tracebacks. Known from the arguments at once, from the environment or YAML when the command starts."""
+    global _debug
+    _debug = on
+
+
+def report_error(error: SedacError) -> int:
+    if _debug:
         traceback.print_exc()
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
@@ -100,11 +107,11 @@ def report_interrupt() -> int:
     return 130
 
 
-def report_crash(error: Exception, debug: bool) -> int:
-    if debug:
+def report_crash(error: Exception) -> int:
+    if _debug:
         traceback.print_exc()
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
     print(f"internal error: {type(error).__name__}: {first}", file=sys.stderr)
-    if not debug:
+    if not _debug:
         print("  try: the same command with --debug shows where; please report it with that output", file=sys.stderr)
     return 70

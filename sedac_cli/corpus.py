@@ -30,6 +30,7 @@ log = logging.getLogger("sedac")
 
 BUILTIN = "builtin:"
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".csv")
+UTF8 = "utf-8-sig"  # a byte order mark is not text
 DOCUMENT_END = "<|endoftext|>"
 TEXT_COLUMNS = ("text", "content", "document", "body", "prompt")
 # The names people use for hub data sets that have moved or need a configuration.
@@ -40,6 +41,7 @@ HUB_ALIASES = {
 }
 SHUFFLE_BUFFER = 4096
 BLOCK_CHARS = 8192
+MAX_TOKEN_CHARS = 16  # more of a document is not tokenized than surely fills a sample
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,12 @@ class Corpus:
 
     def _all_samples(self) -> Iterator[list[int]]:
         documents = read_documents(self.spec)
-        if self.spec.shuffle:
-            documents = shuffled(documents, self.spec.seed)
-        return self._packed(documents) if self.spec.pack else self._one_each(documents)
+        if self.spec.pack:
+            # Long documents are cut before they are shuffled, so that one book cannot fill every sample.
+            pieces = itertools.chain.from_iterable(map(blocks, documents))
+            return self._packed(shuffled(pieces, self.spec.seed) if self.spec.shuffle else documents)
+        heads = (document[: self.spec.max_length * MAX_TOKEN_CHARS] for document in documents)
+        return self._one_each(shuffled(heads, self.spec.seed) if self.spec.shuffle else heads)
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -93,7 +98,7 @@ class Corpus:
     def _one_each(self, documents: Iterable[str]) -> Iterator[list[int]]:
         dropped = 0
         for document in documents:
-            ids = self._encode(document[: self.spec.max_length * 16])[: self.spec.max_length]
+            ids = self._encode(document)[: self.spec.max_length]
             if len(ids) >= 2:
                 yield ids
             else:
@@ -129,10 +134,10 @@ def blocks(document: str) -> Iterator[str]:
 
 
 def shuffled(documents: Iterable[str], seed: int) -> Iterator[str]:
-    """Seeded order from a buffer; long documents are cut first, so that one book cannot fill every sample."""
+    """Seeded order from a buffer."""
     rng = random.Random(seed)
     buffer: list[str] = []
-    for piece in itertools.chain.from_iterable(map(blocks, documents)):
+    for piece in documents:
         if len(buffer) < SHUFFLE_BUFFER:
             buffer.append(piece)
             continue
@@ -170,10 +175,10 @@ def _builtin_text(spec: TextSpec) -> Path:
 
 def _read_path(path: Path, column: str | None) -> Iterator[str]:
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not files:
             raise InputError(f"{path} holds no {', '.join(SUFFIXES)} files")
-    elif path.suffix in SUFFIXES:
+    elif path.suffix.lower() in SUFFIXES:
         files = [path]
     else:
         raise InputError(f"{path}: expected one of {', '.join(SUFFIXES)}, found '{path.suffix}'")
@@ -181,17 +186,20 @@ def _read_path(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _read_file(path: Path, column: str | None) -> Iterator[str]:
-    reader = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix]
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    reader = readers[path.suffix.lower()]
     try:
         yield from reader(path, column)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start} of what was read)") from None
+    except csv.Error as error:
+        raise InputError(f"{path} is not a CSV file: {error}") from None
 
 
 def _read_txt(path: Path, column: str | None) -> Iterator[str]:
     """Documents are divided by a line holding the end-of-text mark; a file without one is one document."""
     lines: list[str] = []
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding=UTF8) as handle:
         for line in handle:
             if line.strip() == DOCUMENT_END:
                 yield "".join(lines)
@@ -202,7 +210,7 @@ def _read_txt(path: Path, column: str | None) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, column: str | None) -> Iterator[str]:
-    with path.open(encoding="utf-8") as handle:
+    with path.open(encoding=UTF8) as handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
                 continue
@@ -218,7 +226,7 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[str]:
 
 def _read_csv(path: Path, column: str | None) -> Iterator[str]:
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8", newline="") as handle:
+    with path.open(encoding=UTF8, newline="") as handle:
         for number, row in enumerate(csv.DictReader(handle), 2):
             column = column or pick_column(row, str(path))
             yield _text_of(row, column, f"{path} row {number}")
@@ -232,12 +240,19 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[str]:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    example = {field.name: "" if "string" in str(field.type) else None for field in file.schema_arrow}
+    example = {field.name: "" if _is_text(field.type) else 0 for field in file.schema_arrow}
     column = column or pick_column(example, str(path))
     if column not in example:
         raise _no_column(column, example, str(path))
     for batch in file.iter_batches(batch_size=256, columns=[column]):
         yield from (text for text in batch.column(0).to_pylist() if isinstance(text, str))
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _read_hub(spec: TextSpec) -> Iterator[str]:
@@ -263,7 +278,7 @@ def _read_hub(spec: TextSpec) -> Iterator[str]:
 def pick_column(row: dict[str, Any], where: str) -> str:
     """The usual name, or the only column of strings."""
     for name in TEXT_COLUMNS:
-        if isinstance(row.get(name), str):
+        if name in row and isinstance(row[name], str | None):  # an empty text may be null
             return name
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if len(strings) == 1:

@@ -40,7 +40,8 @@ def examine() -> list[Check]:
         except BaseException as error:  # a broken driver or library must not hide the other findings
             if isinstance(error, KeyboardInterrupt):
                 raise
-            results.append(Check(name, "problem", f"{type(error).__name__}: {str(error).splitlines()[:1]}"))
+            first = (str(error).strip() or "no message").splitlines()[0]
+            results.append(Check(name, "problem", f"{type(error).__name__}: {first}"))
     return results
 
 

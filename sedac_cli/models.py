@@ -60,7 +60,7 @@ def load_model(spec: ModelSpec | str) -> LoadedModel:
     model.eval()
     model.requires_grad_(False)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     decoder = find_decoder(model)
     return LoadedModel(model, tokenizer, decoder, identify(spec.ref, model, tokenizer, decoder))
 
@@ -150,6 +150,7 @@ def _explain(what: str, path: str, is_hub: bool, error: Exception) -> InputError
 def identify(ref: str, model: Any, tokenizer: Any, decoder: Decoder) -> ModelIdentity:
     config = model.config.get_text_config()
     architecture = {key: getattr(config, key, None) for key in ARCHITECTURE_KEYS}
+    quantized = getattr(model.config, "quantization_config", None) is not None
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False).encode()
     return ModelIdentity(
         ref=ref,
@@ -158,16 +159,17 @@ def identify(ref: str, model: Any, tokenizer: Any, decoder: Decoder) -> ModelIde
         config_digest=hashlib.sha256(json.dumps(architecture, sort_keys=True).encode()).hexdigest(),
         tokenizer_digest=hashlib.sha256(vocabulary).hexdigest(),
         dtype=str(model.dtype).removeprefix("torch."),
-        quantized=getattr(model.config, "quantization_config", None) is not None,
-        weights_sample=_sample_weights(decoder),
+        quantized=quantized,
+        weights_sample=_sample_weights(decoder, matrices=False),
+        matrix_sample=[] if quantized else _sample_weights(decoder, matrices=True),
     )
 
 
-def _sample_weights(decoder: Decoder) -> list[float]:
-    """A few norm weights per depth: they tell two trainings of one architecture apart, in any precision."""
+def _sample_weights(decoder: Decoder, matrices: bool) -> list[float]:
+    """A few weights per depth: they tell two trainings of one architecture apart, in any precision."""
     sample: list[float] = []
     for index in sorted({0, decoder.num_layers // 2, decoder.num_layers - 1}):
-        vectors = [p for p in decoder.layers[index].parameters() if p.dim() == 1]
-        for vector in vectors[:2]:
-            sample.extend(float(x) for x in vector.detach().float().flatten()[:4].cpu())
+        chosen = [p for p in decoder.layers[index].parameters() if (p.dim() >= 2) == matrices]
+        for weights in chosen[:2]:
+            sample.extend(float(x) for x in weights.detach().flatten()[:4].float().cpu())
     return sample

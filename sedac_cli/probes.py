@@ -48,6 +48,10 @@ def load_probe(path: Path, hidden_size: int | None = None) -> LREProbe:
     if not isinstance(state, dict) or not set(KEYS) - {"proj.bias"} <= set(state):
         found = ", ".join(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise InputError(f"{path} is not a probe: expected {', '.join(KEYS)}, found {found}")
+    if not all(isinstance(value, Tensor) for value in state.values()) or state["proj.weight"].dim() != 2:
+        raise InputError(
+            f"{path} is not a probe: `proj.weight` must be a matrix [rank, hidden], and all values tensors"
+        )
     rank, width = state["proj.weight"].shape
     if hidden_size is not None and width != hidden_size:
         raise InputError(f"{path} reads hidden states of width {width}; the model's are {hidden_size} wide")

@@ -1,4 +1,4 @@
-"""Fixtures: tiny random models made on the fly, the built-in model loaded once. No test touches the network."""
+"""Fixtures: tiny random models and tokenizers made on the fly, the built-in model loaded once. No test touches the network."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def tiny_config(family: str = "qwen2", **changes):
@@ -39,9 +48,177 @@ def tiny_model(family: str = "qwen2", seed: int = 0, **changes):
     return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).float().eval().requires_grad_(False)
 
 
+def tiny_tokenizer():
+    """One token per byte, a few merges, <pad> = 0 and <|endoftext|> = 1; any text goes in and comes out again."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("a", "n"), ("an", "d"), ("i", "n"), ("e", "r"), ("Ġ", "the")]
+    words = ["<pad>", "<|endoftext|>", *alphabet, *("".join(pair) for pair in merges)]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<pad>", special=True), AddedToken("<|endoftext|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|endoftext|>")
+
+
+VOCABULARY = 2 + 256 + 7
+
+
+def save_tiny(folder: Path, family: str = "qwen2", seed: int = 0, change=None, **config) -> Path:
+    """A loadable model folder. Weights are larger than at birth, so that states and entropies differ between tokens."""
+    config = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1} | config
+    model = tiny_model(family, seed, **config)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.mul_(10.0)
+        elif "norm" not in name:
+            parameter.normal_(0, 0.1)
+    if change is not None:
+        change(model)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def words(count: int, seed: int = 0) -> str:
+    """Text of random words; two seeds share no run of words worth the name."""
+    rng = random.Random(seed)
+    parts = ["the", "and", "sea", "was", "in", "her", "an", "old", "wind", "king", "ran", "to", "a", "grey", "hill"]
+    return " ".join(rng.choice(parts) for _ in range(count))
+
+
 @pytest.fixture(scope="session")
 def builtin():
     """The built-in model, float32 on CPU."""
     from sedac_cli.models import load_model
 
     return load_model("builtin:tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved random qwen2 of 4 layers, hidden 32, with its tokenizer. Not to be changed."""
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """The same, loaded."""
+    from sedac_cli.models import load_model
+
+    return load_model(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """About 9000 tokens in 40 documents. Not to be changed."""
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n<|endoftext|>\n".join(words(60, seed) for seed in range(40)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory) -> Path:
+    """Text that `text_file` does not hold."""
+    path = tmp_path_factory.mktemp("text") / "other.txt"
+    path.write_text("\n<|endoftext|>\n".join(words(60, 1000 + seed) for seed in range(20)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def collected(tmp_path_factory, tiny_folder, text_file) -> Path:
+    """24 samples of 64 tokens at layers 1, 2, 3, trained probes, thresholds. Not to be changed: copy it."""
+    from sedac_cli.config import ModelSpec, TextSpec
+    from sedac_cli.pipeline.calibrate import CalibrateOptions, calibrate
+    from sedac_cli.pipeline.collect import CollectOptions, collect
+    from sedac_cli.pipeline.train_probes import TrainOptions, train_probes
+
+    folder = tmp_path_factory.mktemp("data") / "sedac_data"
+    text = TextSpec(str(text_file), samples=24, max_length=64)
+    collect(CollectOptions(layers=(1, 2, 3), save_dir=folder), ModelSpec(str(tiny_folder)), text)
+    train_probes(folder, TrainOptions(epochs=3, batch_size=256, rank=8))
+    calibrate(folder, CalibrateOptions(rates=(0.2, 0.3, 0.4)))
+    return folder
+
+
+@pytest.fixture
+def copied(collected, tmp_path) -> Path:
+    """A collection of one's own, to be damaged."""
+    import shutil
+
+    return Path(shutil.copytree(collected, tmp_path / "sedac_data"))
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def sedac(capsys, monkeypatch):
+    """Run the command line in this process: `sedac("collect", "--layers", 1)`."""
+    from sedac_cli.__main__ import run
+
+    def call(*args: object, env: dict[str, str] | None = None) -> Result:
+        with monkeypatch.context() as patch:
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            code = run([str(arg) for arg in args])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def python(*args: object, env: dict[str, str] | None = None, **more) -> subprocess.Popen[str]:
+    """A Python of its own that finds this checkout; stdout and stderr are piped."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | more
+    return subprocess.Popen([sys.executable, *map(str, args)], env=environment, **pipes)
+
+
+def run_python(*args: object, env: dict[str, str] | None = None, **more) -> Result:
+    process = python(*args, env=env, **more)
+    out, err = process.communicate(timeout=120)
+    return Result(process.returncode, out, err)
+
+
+def write_collection(folder: Path, states, labels, lengths: list[int], num_layers: int = 4) -> Path:
+    """A collection made by hand: states and labels of one's choice, in the files that `collect` would have written."""
+    from sedac_cli.artifacts.manifest import Manifest, ModelIdentity, make_step
+    from sedac_cli.artifacts.tensors import save_tensors
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = sum(lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
+    tensors = {"token_ids.pt": torch.arange(rows).int(), "sequence_ids.pt": sequence}
+    for layer in states:
+        tensors[f"hidden_states_layer{layer}.pt"] = states[layer]
+        tensors[f"entropies_layer{layer}.pt"] = labels[layer]
+    files = {name: save_tensors(folder / name, value) for name, value in tensors.items()}
+    width = next(iter(states.values())).shape[1]
+    model = ModelIdentity(
+        ref="synthetic", architecture={"num_hidden_layers": num_layers, "hidden_size": width}, config_digest="c",
+        tokenizer_digest="t", dtype="float32", weights_sample=[1.0],
+    )  # fmt: skip
+    step = make_step({"layers": sorted(states), "target": "final"}, files, {"label_unit": "bits"})
+    Manifest(model=model, steps={"collect": step}).write(folder)
+    return folder
+
+
+@pytest.fixture
+def synthetic(tmp_path) -> Path:
+    """16 sequences of uneven length, layers 1 and 3 of 4, width 12, labels that depend on the states."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [40 + 7 * (n % 5) for n in range(16)]
+    states = {layer: torch.randn(sum(lengths), 12, generator=generator) for layer in (1, 3)}
+    labels = {layer: x[:, 0].abs() + 0.1 for layer, x in states.items()}
+    return write_collection(tmp_path / "synthetic", states, labels, lengths)

@@ -73,7 +73,7 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, document: Any) -> None:
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(plain(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_file(path) as handle:
         handle.write(text.encode())
 
@@ -92,14 +92,22 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def remove_stale_parts(folder: Path) -> None:
+    """What killed runs left half written; only for whoever holds the folder's lock."""
+    for part in folder.glob(".*.part"):
+        part.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder we are about to write to; a read-only place is refused before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, NotADirectoryError) as error:
-        raise InputError(f"cannot write to {folder}: {error.strerror or error}", hint="--save-dir elsewhere") from None
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder}: {error.strerror or error}", hint="a folder on a writable disk"
+        ) from None
 
 
 @contextlib.contextmanager

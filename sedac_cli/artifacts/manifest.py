@@ -39,6 +39,9 @@ class ModelIdentity(Strict):
     dtype: str
     quantized: bool = False
     weights_sample: list[float]
+    """Norms and biases: they survive quantization, but fresh models and adapters leave them alone."""
+    matrix_sample: list[float] = []
+    """Entries of matrices; none of a quantized model."""
 
     def require_same(self, other: ModelIdentity, what: str) -> None:
         """`self` made the artifact, `other` is in use; the first difference is named with both values."""
@@ -52,12 +55,21 @@ class ModelIdentity(Strict):
             raise InputError(
                 f"{what} is for another tokenizer: {self.tokenizer_digest[:12]} there, {other.tokenizer_digest[:12]} here"
             )
-        for mine, theirs in zip(self.weights_sample, other.weights_sample, strict=True):
-            if abs(mine - theirs) > 0.02 * max(abs(mine), abs(theirs)) + 1e-4:
+        for name in ("weights_sample", "matrix_sample"):
+            there, here = getattr(self, name), getattr(other, name)
+            if name == "matrix_sample" and not (there and here):
+                continue
+            if len(there) != len(here):
                 raise InputError(
-                    f"{what} is for other weights of the same architecture: a norm weight is {mine:.5g} there "
-                    f"({self.ref}) and {theirs:.5g} here ({other.ref})"
+                    f"{what} is for another model: {len(there)} norm and bias weights in the sample there "
+                    f"({self.ref}) and {len(here)} here ({other.ref})"
                 )
+            for mine, theirs in zip(there, here, strict=True):
+                if abs(mine - theirs) > 0.02 * max(abs(mine), abs(theirs)) + 1e-4:
+                    raise InputError(
+                        f"{what} is for other weights of the same architecture: a weight is {mine:.5g} there "
+                        f"({self.ref}) and {theirs:.5g} here ({other.ref})"
+                    )
 
 
 class Step(Strict):
@@ -106,6 +118,8 @@ class Manifest(Strict):
         files = self.step(step, folder).files
         for name in files if only is None else only:
             path = folder / name
+            if name not in files:
+                raise InputError(f"{MANIFEST} in {folder} does not list {name}", hint=f"run `sedac {step}` again")
             if not path.is_file():
                 raise InputError(f"{path} is missing: {MANIFEST} lists it", hint=f"run `sedac {step}` again")
             found = sha256_file(path)

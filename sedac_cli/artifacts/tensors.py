@@ -25,8 +25,8 @@ def write_tensor(path: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with atomic_file(path) as handle:
-        # An untouched allocation costs no memory; skip_data leaves its bytes as a hole in the file.
-        with torch.serialization.skip_data():
+        # A fake tensor has no memory however large it is; skip_data leaves its bytes as a hole in the file.
+        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(torch.empty(shape, dtype=dtype), handle)
         end = handle.tell()
         handle.flush()

@@ -36,6 +36,16 @@ class ProbeFile(Strict):
             )
 
 
+class GuardSettings(Strict):
+    """The fields of `gates.base.Guards`."""
+
+    sinks: int = Field(0, ge=0)
+    first: int = Field(0, ge=0)
+    last: int = Field(0, ge=0)
+    prefill: bool = True
+    decode: bool = True
+
+
 class Promise(Strict):
     """What the thresholds were made to keep. `exit-rate` targets a share of tokens and says nothing about quality;
     `certified` is a bound on a loss that holds with the given confidence."""
@@ -57,7 +67,7 @@ class Thresholds(Strict):
     probes: dict[int, ProbeFile]
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What else the gate was told (`soft`: decay, weights, floor; any: adaptive). The registry checks names and ranges."""
-    guards: dict[str, Any]
+    guards: GuardSettings
     target_label: str
     found_by: dict[str, Any]
     promise: Promise
@@ -66,14 +76,16 @@ class Thresholds(Strict):
     @field_validator("thresholds")
     @classmethod
     def _finite(cls, values: list[float]) -> list[float]:
-        if any(math.isnan(v) or v < 0 for v in values):
-            raise ValueError("thresholds are numbers >= 0")
+        if any(not math.isfinite(v) or v < 0 for v in values):
+            raise ValueError("thresholds are finite numbers >= 0")
         return values
 
     @model_validator(mode="after")
     def _one_each(self) -> Thresholds:
         if not len(self.layers) == len(self.thresholds) == len(self.probes):
             raise ValueError("layers, thresholds and probes differ in number")
+        if self.layers != sorted(self.probes):
+            raise ValueError(f"layers {self.layers} but probes for {sorted(self.probes)}")
         return self
 
     @property

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from sedac_cli.config import ModelSpec, TextSpec, read_yaml_options
-from sedac_cli.console import Output
+from sedac_cli.console import Output, set_debug
 
 
 def option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -27,19 +28,27 @@ def option(panel: str, *names: str, help: str, **more: Any) -> Any:
 
 def load_yaml(ctx: typer.Context, path: Path | None) -> Path | None:
     """Put the YAML file's values where they rank below the command line and the environment."""
+    given: dict[str, Any] = {}
     if path is not None:
         parent = ctx.parent.command if ctx.parent else None
         commands = set(getattr(parent, "commands", {}))
-        options = {str(p.name) for p in ctx.command.params if p.name not in ("config", "help")}
-        ctx.default_map = {
-            **(ctx.default_map or {}),
-            **read_yaml_options(path, str(ctx.info_name), options, commands),
+        options = {
+            str(p.name): bool(getattr(p, "multiple", False))
+            for p in ctx.command.params
+            if p.name not in ("config", "help")
         }
+        given = read_yaml_options(path, str(ctx.info_name), options, commands)
+    # Click would cut the variable of a repeated option at its spaces: one variable is one value.
+    for parameter in ctx.command.params:
+        variable = f"{ctx.auto_envvar_prefix}_{str(parameter.name).upper()}"
+        if getattr(parameter, "multiple", False) and os.environ.get(variable):
+            given[str(parameter.name)] = [os.environ[variable]]
+    ctx.default_map = {**(ctx.default_map or {}), **given}
     return path
 
 
 COMMON: dict[str, tuple[Any, Any]] = {
-    "seed": (Annotated[int, option("Common", "--seed", help="Seed of everything random.")], 0),
+    "seed": (Annotated[int, option("Common", "--seed", min=0, max=2**32 - 1, help="Seed of everything random.")], 0),
     "config": (
         Annotated[
             Path | None,
@@ -108,8 +117,9 @@ def sedac_command(*, model: ModelSpec | None = None, text: TextSpec | None = Non
         def command(**values: Any) -> Any:
             out = Output(json=values.pop("json"), quiet=values.pop("quiet"))
             seed = values.pop("seed")
-            for name in ("config", "debug"):
-                values.pop(name)
+            values.pop("config")
+            if values.pop("debug"):
+                set_debug(True)
             for name, (default, group) in groups.items():
                 given = {field: values.pop(option_name) for option_name, (field, _) in group.items()}
                 if "seed" in {f.name for f in fields(default)}:

@@ -23,7 +23,10 @@ def generate(
     seed: int,
     model: ModelSpec,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch. - reads stdin.")
+        list[str] | None,
+        typer.Option(
+            "--prompt", "-p", allow_from_autoenv=False, help="Text to continue; repeat it for a batch. - reads stdin."
+        ),
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="One prompt per line.")] = None,
     gate: Annotated[
@@ -66,12 +69,14 @@ def generate(
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:
-    prompts = [sys.stdin.read() if p == "-" else p for p in given]
-    if file is not None:
-        try:
-            prompts += [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {file}: {error}") from None
+    where: object = "stdin"
+    try:
+        prompts = [sys.stdin.buffer.read().decode("utf-8") if p == "-" else p for p in given]
+        if file is not None:
+            where = file
+            prompts += [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read prompts from {where}: {error}") from None
     if not prompts:
         raise UsageError("no prompt", hint='--prompt "The sea was", --prompt - for stdin, or --prompt-file FILE')
     return prompts

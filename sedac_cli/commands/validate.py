@@ -10,7 +10,7 @@ import typer
 from sedac_cli.commands._common import option, sedac_command
 from sedac_cli.config import ModelSpec, TextSpec
 from sedac_cli.console import Output
-from sedac_cli.errors import InputError, PromiseMissedError
+from sedac_cli.errors import InputError, PromiseMissedError, UsageError
 
 if TYPE_CHECKING:
     from sedac_cli.pipeline.validate import ValidateReport
@@ -55,6 +55,8 @@ def validate(
     from sedac_cli.runtime.plan import Plan, make_plan
     from sedac_cli.standins import ZeroStandIn
 
+    if gate is not None and thresholds is not None:
+        raise UsageError("--gate and --thresholds each name a gate: give one", hint=f"--gate cascade:{thresholds}")
     path = thresholds or data_dir / "thresholds.json"
     if gate is None and not path.is_file():
         raise InputError(f"no such file: {path}", hint="sedac calibrate makes it; or name a gate with --gate always:14")
@@ -74,9 +76,10 @@ def validate(
     show(out, report, target)
     out.result(document)
     missed = []
-    if max_ppl_ratio is not None and report.measures["ppl_ratio"] > max_ppl_ratio:
+    # Negated, so that a model that gives NaN misses its limits.
+    if max_ppl_ratio is not None and not report.measures["ppl_ratio"] <= max_ppl_ratio:
         missed.append(f"ppl ratio {report.measures['ppl_ratio']:.4f} > {max_ppl_ratio}")
-    if min_agreement is not None and report.measures["agreement"] < min_agreement:
+    if min_agreement is not None and not report.measures["agreement"] >= min_agreement:
         missed.append(f"agreement {report.measures['agreement']:.4f} < {min_agreement}")
     if missed:
         raise PromiseMissedError("limit missed: " + "; ".join(missed), hint="a stricter gate: `sedac calibrate`")

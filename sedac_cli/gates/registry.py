@@ -90,7 +90,7 @@ def gate_from_thresholds(
     for layer, probe in thresholds.probes.items():
         probe.verify(folder)
         probes[layer] = load_probe(folder / probe.file, decoder.hidden_size)
-    guards = guards or Guards(**thresholds.guards)
+    guards = guards or Guards(**thresholds.guards.model_dump())
     where = f"the file of gate '{thresholds.gate}'"
     told = dict(thresholds.parameters)
     written = told.pop("adaptive", None)

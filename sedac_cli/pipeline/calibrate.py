@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sedac_cli.artifacts.files import folder_lock, sha256_file
+from sedac_cli.artifacts.files import folder_lock, make_folder, sha256_file
 from sedac_cli.artifacts.manifest import Manifest, make_step
-from sedac_cli.artifacts.thresholds import ProbeFile, Promise, Thresholds
+from sedac_cli.artifacts.thresholds import GuardSettings, ProbeFile, Promise, Thresholds
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Guards
 from sedac_cli.gates.cascade import BatchRule, CascadeGate
@@ -95,9 +95,10 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
     gate = CascadeGate(num_layers, probes, limits, options.batch_rule, options.guards)
     outcome = simulate_collected(gate, data, options.batch_size)
     allowed = data.positions() >= options.guards.sinks
-    checkpoints = describe(data, limits, rates, outcome.exit_layer, allowed)
+    checkpoints = describe(data, num_layers, limits, rates, outcome.exit_layer, allowed)
 
     path = options.out or folder / "thresholds.json"
+    make_folder(path.parent)
     name: Literal["fixed", "cascade"] = "fixed" if len(data.layers) == 1 else "cascade"
     thresholds = Thresholds(
         gate=name,
@@ -105,7 +106,7 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
         layers=list(data.layers),
         thresholds=[limits[layer] for layer in data.layers],
         probes={x: _probe_file(folder / probe_name(x), path.parent) for x in data.layers},
-        guards=asdict(options.guards),
+        guards=GuardSettings(**asdict(options.guards)),
         target_label=data.target,
         found_by={
             "method": "quantiles of collected risks among tokens that reach each checkpoint",
@@ -149,7 +150,7 @@ def find_thresholds(
         if not torch.isfinite(risk).all():
             raise UsageError(f"the probe of layer {layer} gives NaN on the collected states")
         if options.batch_rule == "max":
-            risk = step_maximum(risk, gone, batches)
+            risk = step_maximum(risk, batches)
         here = allowed & ~gone
         limits[layer] = threshold_at(risk[here], rate)
         gone |= here & (risk < limits[layer])
@@ -165,24 +166,30 @@ def threshold_at(risk: Tensor, rate: float) -> float:
     return float(torch.nextafter(highest, torch.tensor(torch.inf)))
 
 
-def step_maximum(risk: Tensor, gone: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Under batch rule `max`: the risk of a token is the largest of those that share its step and are still there."""
+def step_maximum(risk: Tensor, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Under batch rule `max`: the risk of a token is the largest of those that share its step, which go together."""
     out = risk.clone()
     for rows, real in batches:
-        counted = real & ~gone[rows]
-        top = torch.where(counted, risk[rows], -torch.inf).amax(dim=0, keepdim=True).expand(rows.shape)
-        out[rows[counted]] = top[counted]
+        top = torch.where(real, risk[rows], -torch.inf).amax(dim=0, keepdim=True).expand(rows.shape)
+        out[rows[real]] = top[real]
     return out
 
 
 def describe(
-    data: CollectedData, limits: dict[int, float], rates: tuple[float, ...], exit_layer: Tensor, allowed: Tensor
+    data: CollectedData,
+    num_layers: int,
+    limits: dict[int, float],
+    rates: tuple[float, ...],
+    exit_layer: Tensor,
+    allowed: Tensor,
 ) -> list[CheckpointReport]:
     """What the finished gate did at each checkpoint; tokens that may never skip are not among those that reach it."""
     reports = []
-    for (layer, limit), rate in zip(limits.items(), rates, strict=True):
+    after = [*list(limits)[1:], num_layers]
+    for (layer, limit), rate, following in zip(limits.items(), rates, after, strict=True):
         reached = allowed & (exit_layer >= layer)
-        left = exit_layer == layer
+        # A token that fires at a protected layer skips from the first one that is not.
+        left = (exit_layer >= layer) & (exit_layer < following)
         label = data.labels[layer]
         stays = reached & ~left
         reports.append(

@@ -8,12 +8,15 @@ Killed at any moment, the run resumes and ends in the same bytes.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_cli.artifacts.files import folder_lock, make_folder, read_json, write_json
+from sedac_cli.artifacts.files import (
+    folder_lock,
+    make_folder,
+    read_json,
+    remove_stale_parts,
+    sync_folder,
+    write_json,
+)
 from sedac_cli.artifacts.manifest import MANIFEST, Manifest, make_step
 from sedac_cli.artifacts.tensors import write_tensor
 from sedac_cli.config import ModelSpec, TextSpec
@@ -37,6 +47,7 @@ log = logging.getLogger("sedac")
 
 PARTIAL = ".partial"
 MAX_BAD_SHARE = 0.01
+TOKEN_FILES = ("token_ids.pt", "sequence_ids.pt")
 
 
 @dataclass(frozen=True)
@@ -62,11 +73,11 @@ class CollectReport:
     tokens_per_second: float
 
 
-def hidden_name(layer: int) -> str:
+def hidden_name(layer: int | str) -> str:
     return f"hidden_states_layer{layer}.pt"
 
 
-def label_name(layer: int) -> str:
+def label_name(layer: int | str) -> str:
     return f"entropies_layer{layer}.pt"
 
 
@@ -86,9 +97,10 @@ def collect(
         if world.main:
             run.open_partial()
         world.wait()
-        run.work()
-        world.wait()
-        report = run.finish() if world.main else None
+        with _explained(options.save_dir):
+            run.work()
+            world.wait()
+            report = run.finish() if world.main else None
         world.wait()
     return report or run.describe_worker()
 
@@ -108,7 +120,8 @@ class _World:
             return cls(None)
         from accelerate import PartialState
 
-        return cls(PartialState())
+        # Told so, accelerate joins CPU processes whoever started them; left to itself, only those of its own launcher.
+        return cls(PartialState(cpu=not torch.cuda.is_available()))
 
     def wait(self) -> None:
         if self.state:
@@ -126,6 +139,20 @@ class _World:
         return replace(model, device=str(self.state.device)) if self.state and model.device == "auto" else model
 
 
+@contextlib.contextmanager
+def _explained(save_dir: Path) -> Iterator[None]:
+    """A disk that takes no more bytes in the middle of a run: say where, and that nothing committed is lost."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        raise InputError(
+            f"cannot write to {save_dir}: {error.strerror}",
+            hint="make room there, then the same command with --resume",
+        ) from error
+
+
 def _refuse_finished(options: CollectOptions) -> None:
     manifest = options.save_dir / MANIFEST
     if manifest.exists() and not (options.overwrite or options.resume):
@@ -138,6 +165,16 @@ def _refuse_finished(options: CollectOptions) -> None:
             f"{options.save_dir} holds an unfinished collection",
             hint="--resume to continue it, or --overwrite to start again",
         )
+
+
+def collect_settings(options: CollectOptions, text: TextSpec) -> dict[str, Any]:
+    """What must be the same for a resumed run to give the same files."""
+    return {
+        "layers": list(options.layers),
+        "target": options.target,
+        "batch_size": options.batch_size,
+        "text": asdict(text),
+    }
 
 
 class _Collection:
@@ -165,25 +202,17 @@ class _Collection:
 
     # Before ---------------------------------------------------------------------------------------------------
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for a resumed run to give the same files."""
-        return {
-            "layers": list(self.options.layers),
-            "target": self.options.target,
-            "batch_size": self.options.batch_size,
-            "text": asdict(self.text),
-        }
-
     def open_partial(self) -> None:
         """Start anew, or make sure that what is there was begun with the same settings and model."""
         options = self.options
+        remove_stale_parts(options.save_dir)
         if options.overwrite:
             shutil.rmtree(self.partial, ignore_errors=True)
-            if (options.save_dir / MANIFEST).exists():
-                for name in Manifest.read(options.save_dir).step("collect", options.save_dir).files:
-                    (options.save_dir / name).unlink(missing_ok=True)
-                (options.save_dir / MANIFEST).unlink()
-        run = {"settings": self.settings(), "model": self.loaded.identity.model_dump()}
+            (options.save_dir / MANIFEST).unlink(missing_ok=True)
+            for pattern in (hidden_name("*"), label_name("*"), *TOKEN_FILES):
+                for path in options.save_dir.glob(pattern):
+                    path.unlink()
+        run = {"settings": collect_settings(self.options, self.text), "model": self.loaded.identity.model_dump()}
         started = self.partial / "run.json"
         manifest = options.save_dir / MANIFEST
         if options.resume and manifest.exists():
@@ -227,9 +256,16 @@ class _Collection:
         first = 0
         try:
             for index, samples in enumerate(Corpus(self.text, self.loaded.tokenizer).batches(self.options.batch_size)):
+                text = zlib.crc32(repr(samples).encode())
+                if index in done and done[index].info["text"] != text:
+                    raise InputError(
+                        f"cannot resume: the text of {self.text.dataset} has changed since the run was begun",
+                        hint="--overwrite to start again",
+                    )
                 if index not in done and index % self.world.size == self.world.rank:
                     rows, data, wrong = self.run_batch(samples, first)
-                    spool.add(index, rows, data, {"sequences": len(samples), "first": first, "bad": wrong})
+                    info = {"sequences": len(samples), "first": first, "bad": wrong, "text": text}
+                    spool.add(index, rows, data, info)
                     bad += len(wrong)
                     tokens += rows
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - began):,.0f} tok/s", refresh=False)
@@ -261,11 +297,12 @@ class _Collection:
             self.decoder.at_checkpoint(layer, partial(states.__setitem__, layer)) for layer in self.options.layers
         ]
         try:
-            last = self.decoder.last_hidden(ids, None if bool(mask.all()) else mask)
+            given = None if bool(mask.all()) else mask
+            last = self.decoder.last_hidden(ids, given)
         finally:
             for handle in handles:
                 handle.remove()
-        labels = label_batch(self.options.target, self.decoder, ids, mask, states, last)
+        labels = label_batch(self.options.target, self.decoder, ids, given, states, last)
         keep = mask.bool()
         wrong = [first + row for row in self._not_finite(states, labels, keep)]
         for number in wrong:
@@ -309,8 +346,11 @@ class _Collection:
             files[label_name(layer)] = self._merge(
                 batches, label_name(layer), self.label_columns[layer], (rows,), torch.float32
             )
-        files["token_ids.pt"] = self._merge(batches, "token_ids.pt", "ids", (rows,), torch.int32)
-        files["sequence_ids.pt"] = self._merge(batches, "sequence_ids.pt", "sequence", (rows,), torch.int32)
+        for name, column in zip(TOKEN_FILES, ("ids", "sequence"), strict=True):
+            files[name] = self._merge(batches, name, column, (rows,), torch.int32)
+        for name in files:  # all of them whole: only now does anything become visible
+            os.replace(self.partial / name, self.options.save_dir / name)
+        sync_folder(self.options.save_dir)
         seconds = time.monotonic() - self.began
         means = {layer: self._mean(batches, column) for layer, column in self.label_columns.items()}
         report = CollectReport(
@@ -325,14 +365,14 @@ class _Collection:
             "label_mean": {str(layer): mean for layer, mean in means.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        step = make_step(self.settings(), files, summary)
+        step = make_step(collect_settings(self.options, self.text), files, summary)
         Manifest(model=self.loaded.identity, steps={"collect": step}).write(self.options.save_dir)
         shutil.rmtree(self.partial)
         return report
 
     def _merge(self, batches: list[Batch], name: str, column: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
         chunks = read_rows(self.partial, batches, column, self.row_bytes[column])
-        return write_tensor(self.options.save_dir / name, shape, dtype, chunks)
+        return write_tensor(self.partial / name, shape, dtype, chunks)
 
     def _mean(self, batches: list[Batch], column: str) -> float:
         total, count = 0.0, 0

@@ -1,6 +1,7 @@
 """Run a model dense and gated over the same text and keep, for every predicted token, what the skips changed.
 
-Always true: quality is measured with the skips in force, by the runtime that really skips, on the same tokens.
+Always true: quality is measured with the skips in force, by the runtime that really skips, on the same tokens. Text
+stands for the phase the gate acts in: under a gate that leaves prompts alone, for generated tokens.
 
     evaluation = evaluate(loaded, gate, corpus, batch_size=8)
     evaluation.measures()["ppl_ratio"]
@@ -57,9 +58,9 @@ class Evaluation:
             return dict.fromkeys(MEASURES, math.nan)
         dense, gated = float(c["nll_dense"].mean()), float(c["nll_gated"].mean())
         return {
-            "ppl_dense": math.exp(dense),
-            "ppl_gated": math.exp(gated),
-            "ppl_ratio": math.exp(gated - dense),
+            "ppl_dense": float(np.exp(dense)),  # of numpy: infinite where it overflows
+            "ppl_gated": float(np.exp(gated)),
+            "ppl_ratio": float(np.exp(gated - dense)),
             "agreement": float(c["agree"].mean()),
             "kl": float(c["kl"].mean()),
             "skip_ratio": float(c["skipped"].mean()) / self.num_layers,
@@ -117,13 +118,15 @@ def evaluate(
             states: dict[int, Tensor] = {}
             with ExitStack() as hooks:
                 for layer in reads:
-                    hooks.callback(watch(layer, partial(_keep, states, layer)).remove)
+                    hooks.callback(watch(layer, partial(_keep, states, ids.device, layer)).remove)
                 dense, took = _timed(partial(decoder.last_hidden, ids, given))
                 seconds["dense"] += took
             shape = (ids.shape[0], ids.shape[1])
             position = torch.arange(shape[1], device=ids.device).expand(shape).flatten()
             simulated.append(simulate(gate, states, shape=shape, position=position, real=mask.bool().flatten()))
-            with skipping(loaded.model, gate, standin, decoder=decoder, keep_passes=True) as run:
+            with skipping(
+                loaded.model, gate, standin, decoder=decoder, keep_passes=True, prefill=gate.guards.prefill
+            ) as run:
                 gated, took = _timed(partial(decoder.last_hidden, ids, given))
                 seconds["gated"] += took
             done = run.passes[0]
@@ -147,8 +150,8 @@ def evaluate(
     )  # fmt: skip
 
 
-def _keep(states: dict[int, Tensor], layer: int, hidden: Tensor) -> None:
-    states[layer] = hidden.reshape(-1, hidden.shape[-1])
+def _keep(states: dict[int, Tensor], device: torch.device, layer: int, hidden: Tensor) -> None:
+    states[layer] = hidden.reshape(-1, hidden.shape[-1]).to(device)
 
 
 def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:

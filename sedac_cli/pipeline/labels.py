@@ -1,6 +1,6 @@
 """What a probe learns to predict, per token and checkpoint: `final` or `lens` entropy in bits, or `harm` in nats.
 
-label = label_batch("final", decoder, ids, mask, layers, states, last_hidden)    # {layer: [B, T]}
+label = label_batch("final", decoder, ids, mask, states, last_hidden)    # {layer: [B, T]}
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def label_batch(
     target: Target,
     decoder: Decoder,
     ids: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     states: dict[int, Tensor],
     last_hidden: Tensor,
 ) -> dict[int, Tensor]:
-    """Labels [B, T] for each checkpoint in `states`.
+    """Labels [B, T] for each checkpoint in `states`; `mask` as it was given to the pass that made them.
 
     final: entropy of the model's own next-token distribution, the same for every checkpoint.
     lens:  entropy of the distribution read from the checkpoint's state by the final norm and the output head.

@@ -1,5 +1,6 @@
 """Play a gate over hidden states of the dense model: what it would decide, were decisions without consequences.
 
+Text stands for the phase the gate acts in: under a gate that leaves prompts alone, for generated tokens.
 Reality differs, because a skip changes every later state; `validate` measures by how much.
 
     outcome = simulate(gate, states, shape=(8, 512), position=position, real=real)
@@ -36,7 +37,9 @@ def simulate(
     gate: Gate, states: dict[int, Tensor], *, shape: tuple[int, int], position: Tensor, real: Tensor
 ) -> Outcome:
     """Decide layer by layer on given states; `states` holds [B*T, hidden] for every layer the gate reads."""
-    state = gate.start(shape[0] * shape[1], real.device, shape=shape, position=position, real=real)
+    state = gate.start(
+        shape[0] * shape[1], real.device, shape=shape, position=position, real=real, prefill=gate.guards.prefill
+    )
     skipped = torch.zeros_like(state.exit_layer)
     per_layer = torch.zeros(gate.num_layers, dtype=torch.long, device=real.device)
     for layer in range(gate.num_layers):
@@ -54,6 +57,7 @@ def simulate(
 
 def simulate_collected(gate: Gate, data: CollectedData, batch_size: int) -> Outcome:
     """Play a gate over a whole collection, its sequences batched as they would be run."""
+    gate.to(data.token_ids.device)
     outcomes = []
     for rows, real in sequence_batches(data.sequence_ids, batch_size):
         flat = rows.flatten()

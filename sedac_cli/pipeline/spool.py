@@ -9,6 +9,7 @@ Every process of a distributed run has files of its own; the merge puts batches 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -70,15 +71,17 @@ class Spool:
         for handle in self._files.values():
             handle.flush()
             os.fsync(handle.fileno())
-        self._journal.write(b"".join(self._pending))
+        # Taken before they are written: a Ctrl-C in between must not write them twice.
+        lines, self._pending = self._pending, []
+        self._journal.write(b"".join(lines))
         self._journal.flush()
         os.fsync(self._journal.fileno())
-        self._pending = []
         self._last_commit = time.monotonic()
 
     def close(self) -> None:
         for handle in (*self._files.values(), self._journal):
-            handle.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported by the write that met it
+                handle.close()
 
 
 def _journal_path(folder: Path, rank: int) -> Path:

@@ -75,12 +75,12 @@ def train_probes(folder: Path, options: TrainOptions, progress: Progress = quiet
     data = CollectedData.open(folder, list(options.layers) if options.layers else None)
     train, choose, test = split_sequences(data.sequence_ids, options.holdout, options.seed)
     with folder_lock(folder):
-        reports, files = [], {}
+        trained: list[tuple[LREProbe, LayerReport]] = []
         with progress(total=len(data.layers) * options.epochs, desc="train", unit="epoch") as bar:
             for layer in data.layers:
-                probe, report = _train_layer(data, layer, train, choose, test, options, bar)
-                files[report.file] = save_tensors(folder / report.file, probe.state_dict())
-                reports.append(report)
+                trained.append(_train_layer(data, layer, train, choose, test, options, bar))
+        reports = [report for _, report in trained]
+        files = {report.file: save_tensors(folder / report.file, probe.state_dict()) for probe, report in trained}
         manifest = Manifest.read(folder)
         summary = {"layers": [asdict(r) for r in reports], "train_tokens": len(train), "test_tokens": len(test)}
         settings = asdict(options) | {"layers": list(data.layers)}
@@ -143,6 +143,8 @@ def _train_layer(
             best, best_loss, best_state = epoch, held, {k: v.clone() for k, v in probe.state_dict().items()}
         bar.set_postfix_str(f"layer {layer} held-out loss {held:.4f}", refresh=False)
         bar.update(1)
+    if best == 0:
+        raise InputError(f"training the probe of layer {layer} diverged: its loss is {held}", hint="a smaller --lr")
     probe.load_state_dict(best_state)
 
     test_x = ((states[test].float() - mean) / deviation).to(device)

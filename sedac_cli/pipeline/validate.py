@@ -172,7 +172,10 @@ def _bins(evaluation: Evaluation, value: Array, edges: tuple[float, ...], form: 
 
 def refuse_overlap(corpus: Corpus, data: CollectedData) -> None:
     """The text a promise is checked on must not be the text it was calibrated on."""
-    known = np.unique(_shingles(data.token_ids.numpy().astype(np.uint64)))
+    ids = data.token_ids.numpy().astype(np.uint64)
+    borders = np.flatnonzero(np.diff(data.sequence_ids.numpy())) + 1
+    short = [_shingles(sample) for sample in np.split(ids, borders) if len(sample) < SHINGLE]
+    known = np.unique(np.concatenate([_shingles(ids), *short]))
     seen = [_shingles(np.array(sample, dtype=np.uint64))[::SHINGLE] for sample in corpus.samples()]
     shingles = np.concatenate(seen)
     share = float(np.isin(shingles, known).mean()) if len(shingles) else 0.0
@@ -184,13 +187,12 @@ def refuse_overlap(corpus: Corpus, data: CollectedData) -> None:
 
 
 def _shingles(ids: Array) -> Array:
-    """A hash of every run of SHINGLE tokens (wrap-around arithmetic)."""
-    if len(ids) < SHINGLE:
-        return np.empty(0, dtype=np.uint64)
-    windows = np.lib.stride_tricks.sliding_window_view(ids + np.uint64(1), SHINGLE)
-    powers = np.array([pow(0x9E3779B97F4A7C15, k, 2**64) for k in range(1, SHINGLE + 1)], dtype=np.uint64)
+    """A hash of every run of SHINGLE tokens (wrap-around arithmetic); of a shorter sample, one of the whole."""
+    width = min(SHINGLE, len(ids))
+    windows = np.lib.stride_tricks.sliding_window_view(ids + np.uint64(1), width)
+    powers = np.array([pow(0x9E3779B97F4A7C15, k, 2**64) for k in range(1, width + 1)], dtype=np.uint64)
     total = np.zeros(len(windows), dtype=np.uint64)
-    for k in range(SHINGLE):
+    for k in range(width):
         total += windows[:, k] * powers[k]
     return total
 

@@ -91,7 +91,8 @@ def generate(
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
-    return _describe(loaded, run.passes, new, int(inputs["attention_mask"].sum()), total, run.skip_ratio)
+    ends = set() if options.ignore_eos else set(_as_list(loaded.model.generation_config.eos_token_id))
+    return _describe(loaded, run.passes, new, ends, int(inputs["attention_mask"].sum()), total)
 
 
 def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOptions) -> dict[str, torch.Tensor]:
@@ -106,15 +107,19 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
         ]
     if not prompts or any(not p for p in prompts):
         raise InputError("an empty prompt: there is nothing to continue")
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    # A chat template writes the special tokens itself.
+    encoded = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not options.chat
+    )
+    if not encoded["attention_mask"].any(dim=1).all():
+        raise InputError("a prompt without a single token: there is nothing to continue")
     return {key: encoded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
 
 
 def _describe(
-    loaded: LoadedModel, passes: list[Pass], new: torch.Tensor, prompt_tokens: int, total: float, skip_ratio: float
+    loaded: LoadedModel, passes: list[Pass], new: torch.Tensor, ends: set[int], prompt_tokens: int, total: float
 ) -> Generated:
     layers = loaded.decoder.num_layers
-    ends = set(_as_list(loaded.model.generation_config.eos_token_id))
     skipped = torch.stack([p.skipped[:, -1] for p in passes], dim=1)[:, : new.shape[1]].cpu()
     exits = torch.stack([p.exit_layer[:, -1] for p in passes], dim=1)[:, : new.shape[1]].cpu()
     rows: list[list[TokenDecision]] = []
@@ -133,6 +138,8 @@ def _describe(
     decode = total - prefill
     after = [t for row in rows for t in row[1:]]
     everything = [t for row in rows for t in row]
+    skipped_later = sum(t.skipped for t in after)  # what padding after an end did is nobody's
+    skipped_all = int(passes[0].skipped[passes[0].real].sum()) + skipped_later
     return Generated(
         texts=texts,
         tokens=rows,
@@ -142,8 +149,8 @@ def _describe(
         decode_seconds=decode,
         tokens_per_second=count / total,
         decode_tokens_per_second=len(after) / decode if after else 0.0,
-        skip_ratio=skip_ratio,
-        skip_ratio_decode=sum(t.skipped for t in after) / max(1, len(after) * layers),
+        skip_ratio=skipped_all / max(1, (prompt_tokens + len(after)) * layers),
+        skip_ratio_decode=skipped_later / max(1, len(after) * layers),
         average_exit_layer=sum(t.exit_layer for t in everything) / max(1, len(everything)),
         num_layers=layers,
     )

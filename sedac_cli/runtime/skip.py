@@ -53,6 +53,7 @@ class SkipRun:
     on_pass: Callable[[Pass], None] | None = None
     force: Tensor | None = None
     """[B, T] of the next passes: tokens that run every MLP whatever the gate says. None: nobody."""
+    prefill: bool | None = None
 
     def __post_init__(self) -> None:
         device = self.decoder.device
@@ -83,8 +84,12 @@ def skipping(
     decoder: Decoder | None = None,
     keep_passes: bool = False,
     on_pass: Callable[[Pass], None] | None = None,
+    prefill: bool | None = None,
 ) -> Iterator[SkipRun]:
-    """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was."""
+    """Run `model` with `gate` in force (an object, or a spec such as "always:14"); on leaving, it is as it was.
+
+    `prefill` says which phase every pass counts as; left out, a pass of several tokens or without a cache is prefill.
+    """
     decoder = decoder or find_decoder(model)
     if decoder.backbone in _OPEN:
         raise UsageError(f"a gate is already in force in this {type(model).__name__}", hint="leave its context first")
@@ -93,7 +98,7 @@ def skipping(
 
         plan = make_plan(gate, decoder)
         gate, standin = plan.gate, standin or plan.standin
-    run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass)
+    run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass, prefill=prefill)
     installed = _Installed(run, standin or ZeroStandIn())
     try:
         installed.install()
@@ -156,9 +161,10 @@ class _Installed:
         past = past_length(called.get("past_key_values"))
         position, real = positions(shape, mask, called.get("position_ids"), past, device)
         force = None if self.run.force is None else self.run.force.to(device).reshape(-1)
+        prefill = (past == 0 or shape[1] > 1) if self.run.prefill is None else self.run.prefill
         self.state = self.gate.start(
             shape[0] * shape[1], device, shape=shape, position=position, real=real,
-            prefill=past == 0 or shape[1] > 1, force=force,
+            prefill=prefill, force=force,
         )  # fmt: skip
         self.counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
         self.skipped.zero_()

@@ -1,0 +1,91 @@
+"""The doctor looks at a sick machine and stays well."""
+
+from __future__ import annotations
+
+import builtins
+import socket
+import sys
+
+import pytest
+
+from sedac_cli import doctor
+from sedac_cli.doctor import examine
+
+
+def named(checks):
+    return {check.name: check for check in checks}
+
+
+def test_this_machine():
+    checks = named(examine())
+    assert list(checks) == ["python", "torch", "cuda", "cupy", "transformers", "bitsandbytes", "vllm", "built-in model",
+                            "memory", "disk", "hub"]  # fmt: skip
+    assert checks["python"].status == checks["torch"].status == checks["built-in model"].status == "ok"
+    assert checks["hub"].detail.startswith("HF_HUB_OFFLINE")
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("libcudart\nsecond line"), OSError("broken"), SystemExit(3), RuntimeError()]
+)
+def test_nothing_imports_and_it_still_answers(monkeypatch, error):
+    real = builtins.__import__
+
+    def broken(name, *args, **more):
+        if name.split(".")[0] in ("torch", "bitsandbytes", "sedac_cli"):
+            raise error
+        return real(name, *args, **more)
+
+    def fails(*args, **more):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", broken)
+        patch.setattr(doctor, "_installed", fails)
+        patch.setattr(doctor.shutil, "disk_usage", fails)
+        patch.setattr(doctor.os, "sysconf", fails)
+        checks = named(examine())
+    assert len(checks) == 11
+    bad = {name for name, check in checks.items() if check.status == "problem"}
+    assert bad == set(checks) - {"python", "hub"}
+    assert checks["torch"].detail.startswith(f"{type(error).__name__}: ")
+    assert "\n" not in checks["torch"].detail
+    assert "[" not in checks["torch"].detail
+
+
+def test_ctrl_c_is_not_swallowed(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "_disk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        examine()
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def unreachable(*args, **more):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    hub = named(examine())["hub"]
+    assert (hub.status, hub.detail) == ("missing", "huggingface.co: Temporary failure in name resolution")
+
+
+def test_missing_and_mismatched_packages(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    assert {doctor._cupy().status, doctor._vllm().status, doctor._bitsandbytes().status} == {"missing"}
+    monkeypatch.setattr(doctor, "_installed", lambda name: "13.6" if name == "cupy-cuda13x" else None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert doctor._cupy().status == "problem"
+    assert doctor._cupy().fix == "pip install cupy-cuda12x"
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert doctor._torch().status == "problem"
+
+
+def test_the_command(sedac):
+    result = sedac("doctor", "--json")
+    assert result.code == 0
+    assert [check["name"] for check in result.json["checks"]][:2] == ["python", "torch"]
+    assert sys.version.split()[0] in sedac("doctor").out
