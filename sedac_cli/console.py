@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,9 @@ from sedac_cli.errors import SedacError
 
 _resume_hint: str | None = None
 _debug = False
+
+
+FIGURE = re.compile(r"^[-+<>= ]*([\d.,]+ ?(%|x|s|us|ms)?( \.\. )?)*$|^nan$")
 
 
 class Output:
@@ -57,10 +61,12 @@ class Output:
         table = Table(
             title=Text(title), caption=caption and Text(caption), title_justify="left", caption_justify="left"
         )
+        cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
-            table.add_column(Text(column), justify="left" if number == 0 else "right")
-        for row in rows:
-            table.add_row(*[Text(str(cell)) for cell in row])  # Text: square brackets are not markup
+            numeric = number > 0 and all(FIGURE.match(row[number]) for row in cells)
+            table.add_column(Text(column), justify="right" if numeric else "left")
+        for row in cells:
+            table.add_row(*map(Text, row))  # Text: square brackets are not markup
         width = None if sys.stdout.isatty() else 140
         Console(width=width).print(table)
 

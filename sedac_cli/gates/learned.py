@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate, Guards, TokenState, check_layers
+from sedac_cli.gates.options import REQUIRED, Option
 
 
 class Router(nn.Module):
@@ -49,6 +50,11 @@ class LearnedGate(Gate):
 
     name = "learned"
     summary = "a router per layer on the MLP's input, trained together with stand-ins by `sedac distill`"
+    form = "learned:sedac_data/sedac_gates.pth@0.25"
+    options = (
+        Option("file", str, REQUIRED, "what `sedac distill` wrote: routers, stand-ins, limits"),
+        Option("share", float, "the target of the distillation", "after @: share of all MLPs to skip", 0, 1),
+    )
     looks_at: Literal["entry", "mlp"] = "mlp"
 
     def __init__(self, num_layers: int, routers: dict[int, Router], threshold: float, guards: Guards | None = None):

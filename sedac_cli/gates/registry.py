@@ -14,6 +14,7 @@ from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
 from sedac_cli.gates.entropy import EntropyGate
+from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.lens import HeadLens, Lens, ProbeLens
 from sedac_cli.gates.options import check_options, parse_options
 from sedac_cli.gates.simple import AlwaysGate, NeverGate, RandomGate
@@ -27,7 +28,18 @@ if TYPE_CHECKING:
     from sedac_cli.structure import Decoder
 
 GATES: dict[str, type[Gate]] = {
-    g.name: g for g in (NeverGate, AlwaysGate, RandomGate, FixedGate, CascadeGate, SoftGate, StabilityGate, EntropyGate)
+    g.name: g
+    for g in (
+        NeverGate,
+        AlwaysGate,
+        RandomGate,
+        FixedGate,
+        CascadeGate,
+        SoftGate,
+        StabilityGate,
+        EntropyGate,
+        LearnedGate,
+    )
 }
 
 
@@ -60,6 +72,8 @@ def build_gate(
         return StabilityGate(layers, **values, guards=guards or own)
     if name == "entropy":
         return _entropy_gate(parse_options(argument, EntropyGate.options, "gate 'entropy'"), decoder, guards)
+    if name == "learned":
+        raise UsageError("gate 'learned' comes with stand-ins: it is loaded by runtime.plan.make_plan")
     if not argument:
         raise UsageError(f"gate '{name}' needs an argument", hint=GATES[name].form)
     if name == "always":
