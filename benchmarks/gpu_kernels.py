@@ -302,6 +302,7 @@ def sweep(bench: Bench, name: str, choices: dict[str, tuple], works: list, size:
     found = {}
     for label, (module, values) in choices.items():
         if bench.left() < 10:
+            print(f"    no time left for {label} and what follows it", flush=True)
             break
         before = {key: getattr(module, key) for key in values}
         try:
