@@ -37,6 +37,7 @@ class Bench:
     repeats: int
     seconds: float
     bandwidth: float = float("nan")
+    read_bandwidth: float = float("nan")
     lines: list[Line] = field(default_factory=list)
 
     def left(self) -> float:
@@ -95,6 +96,18 @@ def timed(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 1e3 / replays
+
+
+def launched(work: Work, calls: int = 4) -> float:
+    """Microseconds per call, launched one after the other without a graph: for work far longer than a launch."""
+    work()
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / calls
 
 
 def buffers(shape: tuple[int, ...], scale: float = 1.0, most: int = 256) -> list[torch.Tensor]:

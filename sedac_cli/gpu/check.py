@@ -15,32 +15,45 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from sedac_cli.gpu.compile import OPTIONS, source_text
-from sedac_cli.gpu.entropy import BLOCKS, UNROLL
+from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
+from sedac_cli.gpu.entropy import BLOCKS, UNROLL, WARPS
+from sedac_cli.gpu.probe import ROUTER_WARPS, shared_bytes
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 
+LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+"""KiB of shared memory a block may ask for."""
+
+
 def forms() -> Iterator[tuple[str, dict[str, int]]]:
     """Every (family, constants) the wrappers can ask for, up to sizes that only change a loop's length."""
-    for t in range(3):
-        yield "entropy", {"T": t, "DECISION": 0, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+    for t, group in product(range(3), (1, WARPS)):
+        yield "entropy", {"T": t, "DECISION": 0, "GROUP": group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
         for ht in range(3):
-            yield "entropy", {"T": t, "HT": ht, "DECISION": 1, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+            yield "entropy", {"T": t, "HT": ht, "DECISION": 1, "GROUP": group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+    for t in range(3):
         for size, ranks in ((1, 1), (8, 8)):
             yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
-        for warps, vectors in ((1, 2), (1, 14), (8, 2), (8, 16)):
-            yield "router", {"T": t, "WARPS": warps, "VECTORS": vectors, "ROWS": 1 if warps == 8 else 8}
-    for t, rp, size, parts in product((1, 2), (64, 256), (32, 64, 128), (1, 2)):
-        yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": 4}
+        for warps, vectors, size in ((ROUTER_WARPS, 2, 2), (ROUTER_WARPS, 16, 2), (8, 2, 1), (8, 16, 1)):
+            yield "router", {"T": t, "WARPS": warps, "VECTORS": vectors, "ROWS": size}
+    for t, rp, size, parts, stages in product((1, 2), (64, 256), (32, 64), (1, 2), (3, 4)):
+        yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
         yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
     yield "conditional", {"SET_CONDITION": 1}
     for t in range(3):
-        size, ranks = (8, 8) if t == 0 else (128, 0)
+        size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
         yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 2, "STAGES": 4, "SET_CONDITION": 1}
         yield "router", {"T": t, "WARPS": 8, "VECTORS": 2, "ROWS": 1, "SET_CONDITION": 1}
+
+
+def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
+    """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
+    if family != "probe" or constants["RANKS"]:
+        return 0
+    return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"])
 
 
 def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict[str, int]) -> tuple[bool, str]:
@@ -66,7 +79,15 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
         return False, done.stderr.strip()
     registers = re.findall(r"Used (\d+) registers", done.stderr)
     spills = re.findall(r"(\d+) bytes spill stores", done.stderr)
-    return True, f"registers {'/'.join(registers)}, spilled bytes {'/'.join(spills)}"
+    fixed = max(map(int, re.findall(r"(\d+) bytes smem", done.stderr)), default=0)
+    dynamic = dynamic_bytes(family, constants)
+    try:
+        refuse_shared(family, fixed, dynamic, LIMITS[arch] * 1024)
+    except RuntimeError as error:
+        # Three stages are what the wrapper goes down to on small chips; more are tried on every chip, and not used there.
+        if constants.get("STAGES", 0) <= 3:
+            return False, str(error)
+    return True, f"registers {'/'.join(registers)}, spilled bytes {'/'.join(spills)}, shared {fixed} + {dynamic}"
 
 
 def main() -> int:

@@ -28,6 +28,8 @@ SOURCES = Path(__file__).parent / "cuda"
 OPTIONS = ("-std=c++17", "-ftz=true")
 MAX_ROWS = 32768
 """Rows (or tiles of rows) one launch may count."""
+DEFAULT_SHARED = 48 * 1024
+"""Shared memory, static and dynamic together, that a block may have without asking for more first."""
 _SLOT, _SLOTS = MAX_ROWS + 64, 128  # 17 MB: torch has 32 streams a priority, each eager or captured
 
 _arenas: dict[int, Tensor] = {}
@@ -107,6 +109,21 @@ def ptx_of(cupy: Any, text: str, name: str, capability: str) -> bytes:
         nvrtc.destroyProgram(program)
 
 
+def refuse_shared(what: str, fixed: int, dynamic: int, limit: int) -> None:
+    """An error for shared memory that no launch could get; the driver would only say "invalid value"."""
+    if fixed + dynamic > limit:
+        raise RuntimeError(
+            f"{what} asks for {dynamic} bytes of shared memory beside {fixed} of its own: this device has {limit} a block"
+        )
+
+
+def refuse_shape(what: str, grid: Sequence[int], threads: int) -> None:
+    """An error for a launch shape that the driver would only call an invalid value."""
+    limits = (2**31 - 1, 65535, 65535)
+    if not 0 < threads <= 1024 or not all(0 < size <= limit for size, limit in zip(grid, limits, strict=False)):
+        raise RuntimeError(f"{what} launched as {tuple(grid)} blocks of {threads} threads: no device takes that")
+
+
 @functools.cache
 def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], index: int, shared: int) -> Any:
     """The kernel, loaded on device `index`, allowed to use `shared` bytes of dynamic shared memory."""
@@ -128,7 +145,9 @@ def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], in
             # CuPy adds -ftz=true by itself, and keeps the binary in its own cache on disk.
             kernel = cupy.RawModule(code=text, options=OPTIONS[:1]).get_function(entry)
             registers = kernel.num_regs
-        if shared > 48 * 1024:
+        fixed = kernel.shared_size_bytes
+        refuse_shared(f"{family}.{entry} {values}", fixed, shared, found.shared_memory_per_block_optin)
+        if fixed + shared > DEFAULT_SHARED:  # the limit is on the sum: 48 KiB asked for at launch are already too much
             kernel.max_dynamic_shared_size_bytes = shared
     log.debug("%s.%s %s: %d registers", family, entry, values, registers)
     return kernel
@@ -164,6 +183,7 @@ def launch(
     shared: int = 0,
 ) -> None:
     """Launch on torch's current stream of `device`. Tensors go as pointers, None as a null pointer, numbers must be typed."""
+    refuse_shape(f"{family}.{entry} {dict(constants)}", grid, threads)
     index = device_index(device)
     kernel = compiled(family, entry, tuple(constants.items()), index, shared)
     values = tuple(value if isinstance(value, np.generic) else _pointer(value) for value in args)

@@ -1,19 +1,20 @@
 """Entropy, confidence and argmax of logits in one read, and the V9 skip decision in the same launch.
 
-Any vocabulary, float16, bfloat16 and float32, rows with any stride; a vocabulary is cut over as many blocks as fill the chip,
-so one row is as quick as it can be. Meaning and special values are those of the twins in reference.py: a logit of -inf has
-probability 0; a row with NaN or +inf, or with nothing but -inf, has entropy NaN and never skips; with NaN its argmax is some
-index of the row.
+Any vocabulary, float16, bfloat16 and float32, rows with any stride; rows are cut so that any number of them fills the chip.
+Meaning and special values are those of the twins in reference.py: a logit of -inf has probability 0; a row with NaN or +inf,
+or with nothing but -inf, has entropy NaN and never skips; with NaN its argmax is some index of the row.
 
     entropy, confidence, best = fused_entropy(logits)           # [N, V] or [B, T, V]
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.compile import F32, I32, I64, MAX_ROWS, counters, device_index, kind, launch, properties
+from sedac_cli.gpu.compile import F32, I32, MAX_ROWS, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.reference import Decision, Entropy
 from sedac_cli.gpu.tensors import Number, Rows, buffer, number
 
@@ -22,20 +23,46 @@ BLOCKS = 4
 """Blocks per multiprocessor the kernel is compiled for: 64 registers a thread, no spills."""
 UNROLL = 4
 """16-byte loads in flight per thread: 64 KiB per multiprocessor, over the ~40 KiB that cover HBM's latency."""
-MIN_SPAN = 2048
-ROW_PER_BLOCK = 2048
-"""From this many rows on there are enough whole rows to fill the chip evenly; no row is cut."""
+WARPS = THREADS // 32
+QUEUE_FROM = 2**24
+"""Logits from which warps take chunks from a queue; below, one wave of blocks is over before a queue could even anything out."""
+MIN_CHUNK, CHUNK, MAX_CHUNK = 4096, 6144, 20480
+ROUNDS = 8
+"""Chunks a warp takes at most: the last ones are what multiprocessors end unevenly by, each costs a few us to reduce."""
 
 
-def span_of(rows: int, vocab: int, multiprocessors: int) -> int:
-    """Logits per block: one wave of blocks while rows are few; then up to eight, because multiprocessors are not all equally
-    far from memory and a static share leaves the near ones idle at the end."""
-    if rows >= ROW_PER_BLOCK:
-        return vocab * max(1, 8192 // vocab)
-    wave = -(-rows * vocab // (multiprocessors * BLOCKS))
-    waves = min(8, max(1, wave // 16384))
-    span = max(MIN_SPAN, -(-wave // waves))
-    return -(-span // 1024) * 1024
+@dataclass(frozen=True)
+class Cut:
+    """How rows are cut: `parts` chunks per row, each taken by `group` warps."""
+
+    group: int
+    parts: int
+    chunk: int
+    blocks: int
+    queued: bool
+
+
+def cut_of(rows: int, vocab: int, multiprocessors: int) -> Cut:
+    """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once. Many: a warp per chunk, queued."""
+    resident = multiprocessors * BLOCKS
+    if rows * vocab < QUEUE_FROM and rows <= resident // 2:
+        return cut(rows, vocab, WARPS, min(resident // rows, -(-vocab // MIN_CHUNK)), resident)
+    warps = resident * WARPS
+    rounds = min(ROUNDS, max(1, rows * vocab // (warps * CHUNK)))
+    parts = max(rounds * warps // rows, -(-vocab // MAX_CHUNK))
+    return cut(rows, vocab, 1, min(parts, -(-vocab // MIN_CHUNK)), resident)
+
+
+def cut(rows: int, vocab: int, group: int, parts: int, resident: int) -> Cut:
+    """About `parts` equal chunks, each starting on 128 bytes of its row."""
+    chunk = -(-vocab // max(1, parts))
+    chunk = -(-chunk // 64) * 64
+    parts = -(-vocab // chunk)
+    if group == WARPS:
+        return Cut(group, parts, chunk, rows * parts, False)
+    blocks = min(resident, -(-rows * parts // WARPS))
+    # Short rows are all alike, and there are many: dealing them costs less than asking for each.
+    return Cut(group, parts, chunk, blocks, chunk >= MIN_CHUNK // 2 and rows * parts > blocks * WARPS)
 
 
 def fused_entropy(logits: Tensor, out: Entropy | None = None) -> Entropy:
@@ -48,7 +75,7 @@ def fused_entropy(logits: Tensor, out: Entropy | None = None) -> Entropy:
         buffer(confidence, "confidence", rows.shape, torch.float32, device),
         buffer(best, "argmax", rows.shape, torch.int64, device),
     )
-    _launch(rows, [*result], {"T": kind(logits, "logits"), "DECISION": 0}, [], 0)
+    _launch(rows, [*result], {"T": kind(logits, "logits"), "DECISION": 0}, [])
     return _as_given(result, logits)
 
 
@@ -83,30 +110,33 @@ def fused_entropy_decision(
         buffer(decision, "decision", rows.shape, torch.bool, device),
         buffer(load, "load", rows.shape, torch.float32, device),
     )
-    norms = torch.empty(max(1, rows.count), 2, dtype=torch.float32, device=device)
     extra = [
-        norms, *now.args(), *before.args(), I32(now.width),
+        *now.args(), *before.args(), I32(now.width),
         *number(mean, "mean", device), *number(std, "std", device), *number(threshold, "threshold", device),
         F32(layer_progress), result.decision, result.load,
     ]  # fmt: skip
     constants = {"T": kind(logits, "logits"), "HT": kind(hidden, "hidden"), "DECISION": 1}
-    _launch(rows, [result.entropy, result.confidence, None], constants, extra, rows.count)
+    _launch(rows, [result.entropy, result.confidence, None], constants, extra)
     return _as_given(result, logits)
 
 
-def _launch(rows: Rows, outputs: list[Tensor | None], constants: dict[str, int], extra: list, norm_blocks: int) -> None:
+def _launch(rows: Rows, outputs: list[Tensor | None], constants: dict[str, int], extra: list) -> None:
     if rows.count == 0:
         return
     if rows.count > MAX_ROWS:
         raise ValueError(f"{rows.count} rows in one call: at most {MAX_ROWS}")
     device = rows.tensor.device
-    span = span_of(rows.count, rows.width, properties(device_index(device)).multi_processor_count)
-    blocks = -(-rows.count * rows.width // span)
-    partial = torch.empty(blocks + rows.count, 4, dtype=torch.float32, device=device)
+    how = cut_of(rows.count, rows.width, properties(device_index(device)).multi_processor_count)
+    items = rows.count * how.parts
+    partial = torch.empty(items, 4, dtype=torch.float32, device=device)
+    norms = [torch.empty(items, 2, dtype=torch.float32, device=device)] if constants["DECISION"] else []
     launch(
-        "entropy", "entropy", constants | {"UNROLL": UNROLL, "BLOCKS": BLOCKS}, device,
-        grid=(norm_blocks + blocks,), threads=THREADS,
-        args=[*rows.args(), I32(rows.count), I32(rows.width), I64(span), partial, counters(device), *outputs, *extra],
+        "entropy", "entropy", constants | {"GROUP": how.group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}, device,
+        grid=(how.blocks,), threads=THREADS,
+        args=[
+            *rows.args(), I32(rows.count), I32(rows.width), I32(how.parts), I32(how.chunk), partial, counters(device),
+            I32(MAX_ROWS if how.queued else -1), *outputs, *norms, *extra,
+        ],
     )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
 
 FEW_ROWS = 8
 """Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
+ROUTER_WARPS = 4
+"""Warps per row of many: a row in the registers of one warp leaves room for 16 warps per multiprocessor, too few."""
 MAX_RANK = 256
 Precision = Literal["split", "plain"]
 
@@ -162,9 +164,10 @@ def router_score(
     if _nothing_to_do(rows, needs, arm):
         return logit.view(shape), run.view(shape)
     constants = _router_plan(rows, kind(hidden, "hidden")) | _conditional(arm)
+    blocks = -(-rows.count // constants["ROWS"])
+    _check_tiles(blocks)
     launch(
-        "router", "router", constants, device,
-        grid=(-(-rows.count // constants["ROWS"]),), threads=constants["WARPS"] * constants["ROWS"] * 32,
+        "router", "router", constants, device, grid=(blocks,), threads=constants["WARPS"] * constants["ROWS"] * 32,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), weights.weight, weights.bias, F32(weights.eps), counters(device),
             *number(threshold, "threshold", device), logit, run, *_tail(rows, may_skip, real, needs, arm),
@@ -193,30 +196,56 @@ def _plan(rows: Rows, weights: ProbeWeights, precision: Precision, element: int)
         _check_tiles(-(-rows.count // size))
         constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
         return _Plan(constants, (-(-rows.count // size), -(-weights.rank // ranks), 1), 256, 0, weights.full)
-    size = 32 if rows.count <= 256 else 64 if rows.count <= 1024 else 128
     parts = 2 if precision == "split" else 1
-    stage = (size + 64 * parts) * 128
     found = properties(device_index(rows.tensor.device))
-    stages = 4 if 4 * stage + 1024 <= found.shared_memory_per_block_optin else 3
-    tiles, columns, steps = -(-rows.count // size), padded_rank // 64, padded // 64
+    shape = tile_shape(rows.count, padded_rank, padded, parts, found.multi_processor_count)
+    stages = shape.stages
+    while stages > 2 and shared_bytes(shape.size, parts, stages) + 1024 > found.shared_memory_per_block_optin:
+        stages -= 1
+    tiles = -(-rows.count // shape.size)
     _check_tiles(tiles)
-    # Enough blocks for every multiprocessor; more than 16 parts per tile would cost more to add up than they save.
-    splits = max(1, min(16, steps, found.multi_processor_count // (tiles * columns)))
-    constants = common | {"ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
-    return _Plan(constants, (tiles, columns, splits), 2 * size, stages * stage, weights.half(rows.tensor.dtype))
+    constants = common | {"ROWS": shape.size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
+    shared = shared_bytes(shape.size, parts, stages)
+    grid = (tiles, padded_rank // 64, shape.splits)
+    return _Plan(constants, grid, 2 * shape.size, shared, weights.half(rows.tensor.dtype))
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows of a tensor-core tile, how many blocks share its hidden axis, and steps of 64 that are loaded ahead."""
+
+    size: int
+    splits: int
+    stages: int
+
+
+def tile_shape(count: int, padded_rank: int, padded: int, parts: int, multiprocessors: int) -> TileShape:
+    """About two blocks per multiprocessor, so that one loads while the other starts or ends; one where tiles are small.
+
+    More than 16 parts per tile would cost more to add up than they save.
+    """
+    size = 32 if count <= 256 else 64
+    tiles = -(-count // size) * (padded_rank // 64)
+    blocks = multiprocessors * (1 if size == 32 else 2)
+    return TileShape(size, max(1, min(16, padded // 64, blocks // tiles)), 4)
+
+
+def shared_bytes(size: int, parts: int, stages: int) -> int:
+    """Dynamic shared memory of a tensor-core tile; STAGE_BYTES in probe.cu, as often as there are stages."""
+    return stages * (size + 64 * parts) * 128
 
 
 def _router_plan(rows: Rows, element: int) -> dict[str, int]:
-    """A warp per row when rows fill the chip, a block per row when they do not or do not fit a warp's registers."""
+    """A few warps per row when rows fill the chip, a block per row when they do not or do not fit those warps' registers."""
     vectors = -(-rows.width // (4 if element == 0 else 8))
     few = rows.count <= properties(device_index(rows.tensor.device)).multi_processor_count * 4
-    warps = 8 if few or vectors > 32 * 16 else 1
+    warps = 8 if few or vectors > 32 * 16 * ROUTER_WARPS else ROUTER_WARPS
     per_lane = -(-vectors // (32 * warps))
     if per_lane > 16:
         raise ValueError(
             f"rows of {rows.width} elements: the router kernel holds up to {16 * 256 * 16} bytes in registers"
         )
-    return {"T": element, "WARPS": warps, "VECTORS": per_lane, "ROWS": 1 if warps == 8 else 8}
+    return {"T": element, "WARPS": warps, "VECTORS": per_lane, "ROWS": 1 if few else max(1, 8 // warps)}
 
 
 def _check_width(rows: Rows, width: int, device: torch.device) -> None:

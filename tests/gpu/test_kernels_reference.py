@@ -188,15 +188,26 @@ def test_a_cpu_tensor_is_refused_not_computed(call):
         call(torch.zeros(2, 4))
 
 
-def test_every_span_covers_its_rows():
-    """The kernel's bookkeeping: equal spans that cover every logit once, and a partial's place used by one (block, row)."""
-    for rows, vocab in ((1, 1000), (1, 262144), (7, 32001), (32, 151936), (1024, 151936), (5000, 1000)):
-        span = entropy.span_of(rows, vocab, 132)
-        blocks = -(-rows * vocab // span)
-        assert blocks * span >= rows * vocab > (blocks - 1) * span
-        places = set()
-        for row in range(0, rows, max(1, rows // 50)):
-            for block in range(row * vocab // span, ((row + 1) * vocab - 1) // span + 1):
-                assert block + row < blocks + rows
-                assert (block + row) not in places
-                places.add(block + row)
+def test_every_cut_covers_its_rows():
+    """The kernel's bookkeeping: chunks cover a row once, none is empty, counters fit, and waves are nearly full."""
+    for rows, vocab in ((1, 3), (1, 1000), (1, 262144), (7, 32001), (5000, 1000), (32768, 262143), (300, 5000)):
+        cut = entropy.cut_of(rows, vocab, 132)
+        assert cut.parts * cut.chunk >= vocab > (cut.parts - 1) * cut.chunk
+        assert rows * cut.parts < 2**31
+        assert cut.blocks >= rows * cut.parts if cut.group == entropy.WARPS else 0 < cut.blocks <= 132 * entropy.BLOCKS
+    for rows in range(33, 8193, 37):
+        cut = entropy.cut_of(rows, 151936, 132)
+        slots = 132 * entropy.BLOCKS * (entropy.WARPS // cut.group)
+        rounds = rows * cut.parts / slots
+        assert rounds / math.ceil(rounds) > 0.8, f"{rows} rows: {rounds:.2f} rounds"
+
+
+def test_launches_no_device_takes_are_refused_by_name():
+    compiling.refuse_shared("probe", 1024, 226 * 1024, 227 * 1024)
+    with pytest.raises(RuntimeError, match="asks for 232448 bytes"):
+        compiling.refuse_shared("probe", 16, 227 * 1024, 227 * 1024)
+    compiling.refuse_shape("probe", (64, 1, 4), 128)
+    for grid, threads in (((0, 1, 1), 32), ((1, 70000, 1), 32), ((1,), 0), ((1,), 2048)):
+        with pytest.raises(RuntimeError, match="no device takes"):
+            compiling.refuse_shape("probe", grid, threads)
+    assert probe.shared_bytes(32, 1, 4) == compiling.DEFAULT_SHARED  # with the kernel's own, this one is above it

@@ -61,11 +61,14 @@ __device__ __forceinline__ float warp_sum(float x) {
 // The counter wraps to 0 by itself: no memset between launches, so a replayed graph needs none either.
 __device__ __forceinline__ bool arrive_last(u32* counter, u32 expected) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(counter, expected - 1) == expected - 1;
+  // One fence speaks for the block: what a barrier ordered before it is published with it, and 255 fences are saved.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter, expected - 1) == expected - 1;
+    __threadfence();
+  }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 
@@ -86,27 +89,27 @@ __device__ __forceinline__ void arm_nodes(const u64* handles, int count, int has
 #endif
 }
 
-// "Does any token need the MLP?" over all blocks of a launch. scratch[0] counts blocks, scratch[1] collects; both end at 0.
-// Every thread of the block calls it with its own answer.
+// "Does any token need the MLP?" over all blocks of a launch, in one atomic per block: the low half of *scratch counts blocks,
+// the high half those that say yes; it ends at 0. Every thread of the block calls it with its own answer.
 __device__ __forceinline__ void publish_need(
     bool mine, u32* scratch, u32 blocks, int* needs, const u64* handles, int count, int has_opposite) {
-  __shared__ int verdict;
-  int any = __syncthreads_or(mine);
   if (!needs && !count) return;
+  __shared__ int verdict;
+  const int any = __syncthreads_or(mine);
   if (threadIdx.x == 0) {
     verdict = any;
     if (blocks > 1) {
-      if (any) atomicOr(&scratch[1], 1u);
-      __threadfence();
-      if (atomicInc(&scratch[0], blocks - 1) == blocks - 1) {
-        __threadfence();
-        verdict = atomicExch(&scratch[1], 0u) != 0;
+      const u32 before = atomicAdd(scratch, any ? 0x10001u : 1u);
+      if ((before & 0xffffu) == blocks - 1) {
+        verdict = any || before >> 16;
+        *scratch = 0u;  // nobody else is left; the next launch sees it
       } else {
         verdict = -1;  // another block will speak
       }
     }
     if (needs && verdict >= 0) *needs = verdict;
   }
+  if (!count) return;
   __syncthreads();
-  if (count && verdict >= 0) arm_nodes(handles, count, has_opposite, verdict != 0, threadIdx.x, blockDim.x);
+  if (verdict >= 0) arm_nodes(handles, count, has_opposite, verdict != 0, threadIdx.x, blockDim.x);
 }

@@ -28,57 +28,81 @@ __device__ __forceinline__ float eight_sum(float x) {
   return x;
 }
 
+// Rows a lane finishes at once: reading one at a time, with a latency of L2 each, took a third of the whole kernel.
+#define AT_ONCE (RANKS > 0 || RP > 64 ? 1 : 4)
+
 // constants: bias[RP], then gamma * head[RP], then {beta . head + head bias, eps}
-__device__ __forceinline__ float risk_of(const float* part, int splits, i64 stride, const float* constants, int rank) {
+__device__ __forceinline__ void risks_of(
+    const float* (&part)[AT_ONCE], int splits, i64 stride, const float* constants, int rank, float (&risk)[AT_ONCE]) {
   const int q = threadIdx.x % 8;
-  float z[PER_LANE];
+  float z[AT_ONCE][PER_LANE], scale[PER_LANE];
 #pragma unroll
   for (int j = 0; j < PER_LANE / 4; ++j) {
     const float4 b = __ldg((const float4*)(constants + 32 * j + 4 * q));
-    z[4 * j] = b.x, z[4 * j + 1] = b.y, z[4 * j + 2] = b.z, z[4 * j + 3] = b.w;
+    const float4 g = __ldg((const float4*)(constants + RP + 32 * j + 4 * q));
+    scale[4 * j] = g.x, scale[4 * j + 1] = g.y, scale[4 * j + 2] = g.z, scale[4 * j + 3] = g.w;
+#pragma unroll
+    for (int r = 0; r < AT_ONCE; ++r)
+      z[r][4 * j] = b.x, z[r][4 * j + 1] = b.y, z[r][4 * j + 2] = b.z, z[r][4 * j + 3] = b.w;
   }
 #pragma unroll 4
   for (int s = 0; s < splits; ++s) {
 #pragma unroll
-    for (int j = 0; j < PER_LANE / 4; ++j) {
-      const float4 v = __ldcg((const float4*)(part + s * stride + 32 * j + 4 * q));
-      z[4 * j] += v.x, z[4 * j + 1] += v.y, z[4 * j + 2] += v.z, z[4 * j + 3] += v.w;
-    }
-  }
-  float sum = 0.0f, square = 0.0f, dot = 0.0f;
+    for (int r = 0; r < AT_ONCE; ++r)
 #pragma unroll
-  for (int i = 0; i < PER_LANE; ++i)
-    if ((i / 4) * 32 + 4 * q + i % 4 < rank) sum += z[i];
-  const float mean = eight_sum(sum) / rank;
-#pragma unroll
-  for (int i = 0; i < PER_LANE; ++i) {
-    const int n = (i / 4) * 32 + 4 * q + i % 4;
-    if (n < rank) {
-      const float c = z[i] - mean;
-      square = fmaf(c, c, square);
-      dot = fmaf(c, __ldg(constants + RP + n), dot);
-    }
+      for (int j = 0; j < PER_LANE / 4; ++j) {
+        const float4 v = __ldcg((const float4*)(part[r] + s * stride + 32 * j + 4 * q));
+        z[r][4 * j] += v.x, z[r][4 * j + 1] += v.y, z[r][4 * j + 2] += v.z, z[r][4 * j + 3] += v.w;
+      }
   }
-  square = eight_sum(square);
-  dot = eight_sum(dot);
-  const float y = dot * rsqrtf(square / rank + __ldg(constants + 2 * RP + 1)) + __ldg(constants + 2 * RP);
-  return y > 20.0f ? y : log1pf(expf(y));
+  const float offset = __ldg(constants + 2 * RP), eps = __ldg(constants + 2 * RP + 1);
+#pragma unroll
+  for (int r = 0; r < AT_ONCE; ++r) {
+    float sum = 0.0f, square = 0.0f, dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i)
+      if ((i / 4) * 32 + 4 * q + i % 4 < rank) sum += z[r][i];
+    const float mean = eight_sum(sum) / rank;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; ++i) {
+      if ((i / 4) * 32 + 4 * q + i % 4 < rank) {
+        const float c = z[r][i] - mean;
+        square = fmaf(c, c, square);
+        dot = fmaf(c, scale[i], dot);
+      }
+    }
+    square = eight_sum(square);
+    dot = eight_sum(dot);
+    const float y = dot * rsqrtf(square / rank + eps) + offset;
+    risk[r] = y > 20.0f ? y : log1pf(expf(y));
+  }
 }
 
 // Called by a whole block that holds the last part of `tile`.
 __device__ __forceinline__ bool finish_tile(
     int tile, int rows, const float* partial, int splits, const float* constants, int rank, const Verdict& v) {
   const float limit = number(v.threshold_at, v.threshold);
+  const int teams = blockDim.x / 8;
   bool need = false;
   // All lanes of a warp stay in the loop: the shuffles inside need them.
-  for (int base = 0; base < ROWS; base += blockDim.x / 8) {
-    const int local = base + threadIdx.x / 8, row = tile * ROWS + local;
-    const bool mine = local < ROWS && row < rows;
-    const float* part = partial + ((i64)tile * splits * ROWS + (mine ? local : 0)) * RP;
-    const float risk = risk_of(part, splits, (i64)ROWS * RP, constants, rank);
-    if (mine && threadIdx.x % 8 == 0) {
-      v.risk[row] = risk;
-      bool out = risk < limit && (!v.may_skip || v.may_skip[row]);  // a NaN risk never skips
+  for (int base = 0; base < ROWS; base += teams * AT_ONCE) {
+    const float* part[AT_ONCE];
+    float risk[AT_ONCE];
+#pragma unroll
+    for (int r = 0; r < AT_ONCE; ++r) {
+      const int local = base + r * teams + threadIdx.x / 8;
+      part[r] = partial + ((i64)tile * splits * ROWS + min(local, ROWS - 1)) * RP;
+    }
+    risks_of(part, splits, (i64)ROWS * RP, constants, rank, risk);
+    // Lane r of a row's eight writes row r, so that the rows' masks are read side by side.
+    const int mine = threadIdx.x % 8, local = base + mine * teams + threadIdx.x / 8, row = tile * ROWS + local;
+    float chosen = risk[0];
+#pragma unroll
+    for (int r = 1; r < AT_ONCE; ++r)
+      if (mine == r) chosen = risk[r];
+    if (mine < AT_ONCE && local < ROWS && row < rows) {
+      v.risk[row] = chosen;
+      bool out = chosen < limit && (!v.may_skip || v.may_skip[row]);  // a NaN risk never skips
       if (v.latched) {
         out = out || v.latched[row];
         v.latched[row] = out;
@@ -237,7 +261,7 @@ __device__ __forceinline__ void project(
 #define WEIGHT typename Elem<T>::raw
 #endif
 
-// grid: (tiles, blocks along the rank, splits). scratch: [0] and [1] for the flag, [2 + tile] counts a tile's parts.
+// grid: (tiles, blocks along the rank, splits). scratch: [0] for the flag, [2 + tile] counts a tile's parts.
 extern "C" __global__ void __launch_bounds__(THREADS) probe(
     const typename Elem<T>::raw* hidden, i64 outer, i64 inner, int per_outer, int rows, int width,
     const WEIGHT* weight, int padded, const float* constants, int rank, float* partial, u32* scratch,

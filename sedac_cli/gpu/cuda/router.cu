@@ -4,12 +4,11 @@
 
 #define THREADS (WARPS * ROWS * 32)
 
-// The sum over the warps of one row, for each of its threads.
+// The sum over the warps of one row, for each of its threads. Each use has `shared` words of its own: one barrier is enough.
 __device__ __forceinline__ float row_sum(float x, float* shared) {
   x = warp_sum(x);
   if constexpr (WARPS > 1) {
     const int warp = threadIdx.x / 32, first = warp / WARPS * WARPS;
-    __syncthreads();
     if (threadIdx.x % 32 == 0) shared[warp] = x;
     __syncthreads();
     x = 0.0f;
@@ -25,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(
     float* logit_out, u8* run_out, const u8* may_skip, const u8* real, int* needs,
     const u64* handles, int handle_count, int has_opposite) {
   constexpr int N = Vec<T>::N;
-  __shared__ float shared[THREADS / 32];
+  __shared__ float shared[3][THREADS / 32];
   const Rows at = {outer, inner, per_outer};
   const int row = blockIdx.x * ROWS + threadIdx.x / (WARPS * 32), lane = threadIdx.x % (WARPS * 32);
   const bool mine = row < rows;
@@ -45,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(
 #pragma unroll
     for (int j = 0; j < N; ++j) sum += v[j];
   }
-  const float mean = row_sum(sum, shared) / width;
+  const float mean = row_sum(sum, shared[0]) / width;
   float square = 0.0f, dot = 0.0f;
 #pragma unroll
   for (int i = 0; i < VECTORS; ++i) {
@@ -71,8 +70,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) router(
       }
     }
   }
-  square = row_sum(square, shared);
-  dot = row_sum(dot, shared);
+  square = row_sum(square, shared[1]);
+  dot = row_sum(dot, shared[2]);
   bool need = false;
   if (mine && lane == 0) {
     const float logit = dot * rsqrtf(square / width + eps) + __ldg(bias);
