@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from sedac_cli.errors import UsageError
+from sedac_cli.errors import InputError, UsageError
 
 Array = np.ndarray[Any, Any]
 CLIP_NATS = 0.5
@@ -52,7 +52,11 @@ class Harm:
 
     @classmethod
     def from_target(cls, target: Mapping[str, Any]) -> Harm:
-        return cls(str(target["measure"]), float(target["limit"]))
+        """From the promise of a thresholds file."""
+        try:
+            return cls(str(target["measure"]), float(target["limit"]))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"a certified promise without measure and limit: {dict(target)}") from None
 
     @property
     def limit_raw(self) -> float:
