@@ -39,7 +39,8 @@ from sedac_cli.runtime.skip import skipping
 
 WAVE = 4
 """Settings that share one dense pass. At most WAVE - 1 are run for nothing after the first that fails."""
-SUMS = ("nll_dense", "nll_gated", "agree", "kl", "skipped")
+COLUMNS = {"ppl": ("nll_dense", "nll_gated"), "agreement": ("agree",), "kl": ("kl",)}
+"""What each measure needs per token: the others would cost several passes over the logits for nothing."""
 TEXT = TextSpec(dataset="", samples=500)
 """No data set named: see `certify.text`."""
 
@@ -96,6 +97,7 @@ def certify(
         data.manifest.model.require_same(loaded.identity, str(folder))
     calibration = read_calibration(text, TEXT, loaded.tokenizer, data, options.allow_overlap)
     needed = enough_text(len(calibration.samples), options)
+    make_folder(path.parent)
     site = Site(
         loaded.decoder, loaded.identity, options.guards, folder, path.parent, options.layers, options.seed
     )  # fmt: skip
@@ -104,7 +106,6 @@ def certify(
     passed = [row for row in candidates if row["certified"]]
     rung = ladder.rungs[len(passed) - 1] if passed else None
     thresholds = finished(rung, ladder, candidates, calibration, options)
-    make_folder(path.parent)
     _write(thresholds, path, folder, options)
     return CertifyReport(
         file=path,
@@ -149,7 +150,7 @@ def run_ladder(
     for first in range(0, len(ladder.rungs), WAVE):
         wave = ladder.rungs[first : first + WAVE]
         plans = [plan_from_thresholds(rung.thresholds, seen_from, loaded.decoder, loaded.identity) for rung in wave]
-        sums = measure(loaded, plans, calibration.samples, options.batch_size, progress)
+        sums = measure(loaded, plans, calibration.samples, options.harm.measure, options.batch_size, progress)
         tested = [judge(rung, sum_, loaded.decoder.num_layers, options) for rung, sum_ in zip(wave, sums, strict=True)]
         passed = fixed_sequence([row["p"] for row in tested], delta)
         for number, row in enumerate(tested):
@@ -245,12 +246,13 @@ def measure(
     loaded: LoadedModel,
     plans: list[Plan],
     samples: list[list[int]],
+    kind: str,
     batch_size: int,
     progress: Progress = quiet_progress,
 ) -> list[dict[str, Array]]:
-    """For each plan, sums over the predicted tokens of every sequence, as `Evaluation.per_sequence`; one dense pass."""
+    """For each plan, the sums that `Evaluation.per_sequence` gives, those the harm of this kind needs; one dense pass."""
     decoder = loaded.decoder
-    names = ("tokens", *SUMS)
+    names = ("tokens", "skipped", *COLUMNS[kind])
     sums = [{name: np.zeros(len(samples)) for name in names} for _ in plans]
     with progress(total=len(samples) * len(plans), desc="calibrate", unit="sample") as bar:
         for first in range(0, len(samples), batch_size):
@@ -265,7 +267,7 @@ def measure(
                 with skipping(loaded.model, plan.gate, plan.standin, decoder=decoder, keep_passes=True) as run:
                     gated.append(forward()[:, :-1][predicts])
                 skipped.append(run.passes[0].skipped[:, :-1][predicts])
-            rows = _compare(dense, gated, ids[:, 1:][predicts], loaded)
+            rows = _compare(dense, gated, ids[:, 1:][predicts], loaded, kind)
             row_of = predicts.nonzero()[:, 0].cpu().numpy()
             for number, columns in enumerate(rows):
                 columns["skipped"] = skipped[number]
@@ -277,24 +279,25 @@ def measure(
     return sums
 
 
-def _compare(dense: Tensor, gated: list[Tensor], target: Tensor, loaded: LoadedModel) -> list[dict[str, Tensor]]:
+def _compare(
+    dense: Tensor, gated: list[Tensor], target: Tensor, loaded: LoadedModel, kind: str
+) -> list[dict[str, Tensor]]:
     """Per predicted token, for each gated pass; the dense logits of a chunk are made once for all of them."""
     decoder = loaded.decoder
     parts: list[list[dict[str, Tensor]]] = [[] for _ in gated]
     for chunk in row_chunks(dense.shape[0], decoder.vocab_size):
         a = decoder.head(dense[chunk]).float()
         y = target[chunk].to(a.device)
-        nll = torch.nn.functional.cross_entropy(a, y, reduction="none")
+        nll = torch.nn.functional.cross_entropy(a, y, reduction="none") if kind == "ppl" else None
         best = a.argmax(dim=-1)
         for number, hidden in enumerate(gated):
             b = decoder.head(hidden[chunk]).float()
-            finite = torch.isfinite(b).all(dim=-1)
-            parts[number].append(
-                {
-                    "nll_dense": nll,
-                    "nll_gated": torch.nn.functional.cross_entropy(b, y, reduction="none"),
-                    "kl": kl_of_logits(a, b),
-                    "agree": ((best == b.argmax(dim=-1)) & finite).float(),
-                }
-            )
+            if nll is not None:
+                row = {"nll_dense": nll, "nll_gated": torch.nn.functional.cross_entropy(b, y, reduction="none")}
+            elif kind == "kl":
+                row = {"kl": kl_of_logits(a, b)}
+            else:
+                top = b.max(dim=-1)  # NaN wins: broken logits agree with nothing
+                row = {"agree": ((best == top.indices) & torch.isfinite(top.values)).float()}
+            parts[number].append(row)
     return [{name: torch.cat([row[name] for row in rows]) for name in rows[0]} for rows in parts]
