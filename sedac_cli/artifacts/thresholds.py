@@ -1,4 +1,7 @@
-"""`thresholds.json`: which gate, with which thresholds, how they were found, what they promise, and for which model.
+"""`thresholds.json`: which gate, with which settings, how they were found, what they promise, and for which model.
+
+Probe gates keep a threshold per layer and the digests of their probes; gates made by `distill` name their `gates_file` and
+a limit on its scores; all others have their options in `parameters`, and neither layers nor probes.
 
 thresholds = Thresholds.read(Path("sedac_data/thresholds.json"))
 thresholds.by_layer        # {7: 0.81, 14: 1.24, 21: 1.62}
@@ -17,20 +20,25 @@ from sedac_cli.artifacts.manifest import ModelIdentity, Strict
 from sedac_cli.errors import InputError
 
 SCHEMA = 1
+PROBED = ("fixed", "cascade", "soft")
+FROM_GATES_FILE = ("learned", "cascade")
 
 
 class ProbeFile(Strict):
+    """A file the thresholds were found for, and its digest: a probe, or the gates and stand-ins of `distill`."""
+
     file: str
     sha256: str
 
-    def verify(self, folder: Path) -> None:
+    def verify(self, folder: Path, what: str = "probe") -> None:
         path = folder / self.file
         if not path.is_file():
-            raise InputError(f"{path} is missing: the thresholds were found for it", hint="sedac train-probes")
+            made_by = "train-probes" if what == "probe" else "distill"
+            raise InputError(f"{path} is missing: the thresholds were found for it", hint=f"sedac {made_by}")
         found = sha256_file(path)
         if found != self.sha256:
             raise InputError(
-                f"{path} is not the probe these thresholds were found for: "
+                f"{path} is not the {what} these thresholds were found for: "
                 f"sha256 {found[:16]}..., expected {self.sha256[:16]}...",
                 hint="sedac calibrate again",
             )
@@ -60,13 +68,15 @@ class Promise(Strict):
 
 class Thresholds(Strict):
     schema_version: int = SCHEMA
-    gate: Literal["fixed", "cascade", "soft"]
+    gate: Literal["fixed", "cascade", "soft", "learned", "never", "always", "random", "stability", "entropy"]
     batch_rule: Literal["token", "max"] = "token"
     layers: list[int]
     thresholds: list[float]
     probes: dict[int, ProbeFile]
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What else the gate was told (`soft`: decay, weights, floor; any: adaptive). The registry checks names and ranges."""
+    gates_file: ProbeFile | None = None
+    """Routers (or probes) and stand-ins; `parameters` then hold `limit`."""
     guards: GuardSettings
     target_label: str
     found_by: dict[str, Any]
@@ -86,6 +96,12 @@ class Thresholds(Strict):
             raise ValueError("layers, thresholds and probes differ in number")
         if self.layers != sorted(self.probes):
             raise ValueError(f"layers {self.layers} but probes for {sorted(self.probes)}")
+        if self.gates_file is not None and self.gate not in FROM_GATES_FILE:
+            raise ValueError(f"gate '{self.gate}' has no gates_file")
+        if bool(self.layers) != (self.gate in PROBED and self.gates_file is None):
+            raise ValueError(f"gate '{self.gate}' with {len(self.layers)} layers of probes")
+        if (self.gate == "learned" or self.gates_file) and (self.gates_file is None or "limit" not in self.parameters):
+            raise ValueError(f"gate '{self.gate}' needs a gates_file and a limit")
         return self
 
     @property

@@ -13,6 +13,7 @@ from sedac_cli.console import Output
 from sedac_cli.errors import InputError, PromiseMissedError, UsageError
 
 if TYPE_CHECKING:
+    from sedac_cli.pipeline.certify.check import PromiseCheck
     from sedac_cli.pipeline.validate import ValidateReport
 
 
@@ -47,35 +48,45 @@ def validate(
     from sedac_cli.artifacts.files import make_folder
     from sedac_cli.artifacts.manifest import MANIFEST
     from sedac_cli.artifacts.thresholds import Thresholds
-    from sedac_cli.gates.registry import gate_from_thresholds
     from sedac_cli.models import load_model
+    from sedac_cli.pipeline.certify.check import check_promise, refuse_calibrated
     from sedac_cli.pipeline.data import CollectedData
     from sedac_cli.pipeline.validate import ValidateOptions, write_validation
     from sedac_cli.pipeline.validate import validate as run
-    from sedac_cli.runtime.plan import Plan, make_plan
-    from sedac_cli.standins import ZeroStandIn
+    from sedac_cli.runtime.plan import make_plan, plan_from_thresholds
 
     if gate is not None and thresholds is not None:
         raise UsageError("--gate and --thresholds each name a gate: give one", hint=f"--gate cascade:{thresholds}")
     path = thresholds or data_dir / "thresholds.json"
     if gate is None and not path.is_file():
         raise InputError(f"no such file: {path}", hint="sedac calibrate makes it; or name a gate with --gate always:14")
-    chosen = Thresholds.read(path) if gate is None else None
+    if gate is not None and gate.endswith(".json"):
+        path = Path(gate.partition(":")[2])
+    chosen = Thresholds.read(path) if gate is None or gate.endswith(".json") else None
     data = CollectedData.open(data_dir) if (data_dir / MANIFEST).exists() else None
     loaded = load_model(model)
     if chosen is not None:
         chosen.model.require_same(loaded.identity, str(path))
-        plan = Plan(gate_from_thresholds(chosen, path.parent, loaded.decoder), ZeroStandIn())
+        if not allow_overlap:
+            refuse_calibrated(chosen, text, loaded.tokenizer, str(path))
+    if chosen is not None and gate is None:
+        plan = plan_from_thresholds(chosen, path.parent, loaded.decoder, loaded.identity)
     else:
         plan = make_plan(str(gate), loaded.decoder, loaded.identity, seed=seed)
     options = ValidateOptions(batch_size, seed, allow_overlap)
     report, evaluation = run(loaded, plan.gate, text, options, data, plan.standin, out.progress())
     target = out_file or data_dir / "validate.json"
     make_folder(target.parent)
-    document = write_validation(target, report, evaluation)
+    sums = evaluation.per_sequence()
+    check = None if chosen is None else check_promise(chosen.promise, sums, packed=text.pack, seed=seed)
+    document = write_validation(target, report, evaluation, check)
     show(out, report, target)
+    if check is not None:
+        show_promise(out, check)
     out.result(document)
     missed = []
+    if check is not None and not check.kept:
+        missed.append(f"promised {check.harm}, measured {check.measured:.4f} on {check.sequences} sequences")
     # Negated, so that a model that gives NaN misses its limits.
     if max_ppl_ratio is not None and not report.measures["ppl_ratio"] <= max_ppl_ratio:
         missed.append(f"ppl ratio {report.measures['ppl_ratio']:.4f} > {max_ppl_ratio}")
@@ -156,6 +167,18 @@ def show(out: Output, report: ValidateReport, path: Path) -> None:
             ],
         )  # fmt: skip
     out.text(f"wrote {path}")
+
+
+def show_promise(out: Output, check: PromiseCheck) -> None:
+    out.table(
+        f"the promise: {check.harm} with confidence {check.confidence:g}",
+        ["promised", "on the calibration text", "measured here", "95 % interval", "clipped", ""],
+        [
+            [f"{check.limit:g}", "-" if check.calibrated is None else f"{check.calibrated:.4f}", f"{check.measured:.4f}",
+             " .. ".join(f"{x:.4f}" for x in check.interval), check.clipped_above, "kept" if check.kept else "BROKEN"]
+        ],
+        caption=f"{check.promise}. clipped: sequences of {check.sequences} whose harm is larger than what was counted.",
+    )  # fmt: skip
 
 
 def _gap(report: ValidateReport, key: str, form: str) -> str:

@@ -53,7 +53,14 @@ class LearnedGate(Gate):
     form = "learned:sedac_data/sedac_gates.pth@0.25"
     options = (
         Option("file", str, REQUIRED, "what `sedac distill` wrote: routers, stand-ins, limits"),
-        Option("share", float, "the target of the distillation", "after @: share of all MLPs to skip", 0, 1),
+        Option(
+            "share",
+            float,
+            None,
+            "after @: share of all MLPs to skip; unless given, the target it was trained for",
+            0,
+            1,
+        ),
     )
     looks_at: Literal["entry", "mlp"] = "mlp"
 

@@ -62,6 +62,8 @@ def build_gate(
     if adaptive is not None and name not in ("fixed", "cascade", "soft"):
         raise UsageError(f"gate '{name}' has no thresholds to adapt", hint="fixed, cascade and soft have")
     layers = decoder.num_layers
+    if argument.endswith(".json"):
+        return _gate_from_file(name, Path(argument), decoder, guards, identity, adaptive)
     if name == "never":
         if argument:
             raise UsageError(f"gate 'never' takes no argument, not '{argument}'")
@@ -81,14 +83,27 @@ def build_gate(
     if name == "random":
         return RandomGate(layers, _number(argument, spec), seed, guards)
 
+    return _gate_from_file(name, Path(argument), decoder, guards, identity, adaptive)
+
+
+def _gate_from_file(
+    name: str, path: Path, decoder: Decoder, guards: Guards | None, identity: ModelIdentity | None,
+    adaptive: AdaptiveThresholds | None,
+) -> Gate:  # fmt: skip
+    found = read_thresholds(path, name)
+    if identity is not None:
+        found.model.require_same(identity, str(path))
+    return gate_from_thresholds(found, path.parent, decoder, guards=guards, adaptive=adaptive)
+
+
+def read_thresholds(path: Path, name: str) -> Thresholds:
+    """A thresholds file that is for the gate of that name."""
     from sedac_cli.artifacts.thresholds import Thresholds
 
-    found = Thresholds.read(Path(argument))
+    found = Thresholds.read(path)
     if found.gate != name:
-        raise UsageError(f"{argument} is for gate '{found.gate}', not '{name}'", hint=f"{found.gate}:{argument}")
-    if identity is not None:
-        found.model.require_same(identity, argument)
-    return gate_from_thresholds(found, Path(argument).parent, decoder, guards=guards, adaptive=adaptive)
+        raise UsageError(f"{path} is for gate '{found.gate}', not '{name}'", hint=f"{found.gate}:{path}")
+    return found
 
 
 def gate_from_thresholds(
@@ -100,6 +115,13 @@ def gate_from_thresholds(
     adaptive: AdaptiveThresholds | None = None,
 ) -> Gate:
     """The gate a thresholds file describes, with its probes from the same folder, checked against the model's width."""
+    if thresholds.gates_file is not None:
+        raise UsageError(
+            f"gate '{thresholds.gate}' of {thresholds.gates_file.file} comes with stand-ins: it cannot run without them",
+            hint="runtime.plan.make_plan gives both",
+        )
+    if not thresholds.probes:
+        return _gate_from_parameters(thresholds, decoder, guards or Guards(**thresholds.guards.model_dump()))
     probes = {}
     for layer, probe in thresholds.probes.items():
         probe.verify(folder)
@@ -117,6 +139,23 @@ def gate_from_thresholds(
         return SoftGate(decoder.num_layers, probes, limits, **told, guards=guards)
     kind = {"fixed": FixedGate, "cascade": CascadeGate}[thresholds.gate]
     return kind(decoder.num_layers, probes, limits, thresholds.batch_rule, guards)
+
+
+def _gate_from_parameters(thresholds: Thresholds, decoder: Decoder, guards: Guards) -> Gate:
+    """The gates that read nothing but their options."""
+    name, layers, told = thresholds.gate, decoder.num_layers, dict(thresholds.parameters)
+    where = f"the file of gate '{name}'"
+    if name == "random":
+        seed = int(told.pop("seed", 0))
+        return RandomGate(layers, check_options(told, RandomGate.options, where)["probability"], seed, guards)
+    values = check_options(told, GATES[name].options, where)
+    if name == "never":
+        return NeverGate(layers, guards)
+    if name == "always":
+        return AlwaysGate(layers, values["layer"], guards)
+    if name == "stability":
+        return StabilityGate(layers, tau=values["tau"], k=values["k"], min_layer=values["min_layer"], guards=guards)
+    return _entropy_gate(values, decoder, guards)
 
 
 def _adaptive(written: Any, layers: list[int], where: str) -> AdaptiveThresholds:

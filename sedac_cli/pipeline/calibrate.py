@@ -66,7 +66,7 @@ class CalibrateReport:
     mlp_skip_ratio: float
 
 
-def _probe_file(probe: Path, seen_from: Path) -> ProbeFile:
+def probe_file(probe: Path, seen_from: Path) -> ProbeFile:
     return ProbeFile(file=os.path.relpath(probe, seen_from), sha256=sha256_file(probe))
 
 
@@ -77,21 +77,26 @@ def rates_for(strategy: str, checkpoints: int) -> tuple[float, ...]:
     return (each,) * checkpoints
 
 
-def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
-    data = CollectedData.open(folder, list(options.layers) if options.layers else None)
+def open_probes(folder: Path, layers: tuple[int, ...] | None) -> tuple[CollectedData, dict[int, LREProbe]]:
+    """What was collected, and the probes trained on it, checked against the manifest."""
+    data = CollectedData.open(folder, list(layers) if layers else None)
     trained = data.manifest.step(train_probes.STEP, folder)
     for layer in data.layers:
         if probe_name(layer) not in trained.files:
             raise UsageError(f"layer {layer} has no trained probe in {folder}", hint="sedac train-probes")
     data.manifest.verify(folder, train_probes.STEP, [probe_name(layer) for layer in data.layers])
+    return data, {layer: load_probe(folder / probe_name(layer), data.states[layer].shape[1]) for layer in data.layers}
+
+
+def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
+    data, probes = open_probes(folder, options.layers)
     rates = options.rates or rates_for(options.strategy or "balanced", len(data.layers))
     rates = rates * len(data.layers) if len(rates) == 1 else rates
     if len(rates) != len(data.layers):
         raise UsageError(f"{len(rates)} exit rates for {len(data.layers)} layers {list(data.layers)}")
 
     num_layers = data.manifest.model.architecture["num_hidden_layers"]
-    probes = {layer: load_probe(folder / probe_name(layer), data.states[layer].shape[1]) for layer in data.layers}
-    limits = find_thresholds(data, probes, rates, options)
+    limits = find_thresholds(data, collected_risks(data, probes), rates, options)
     gate = CascadeGate(num_layers, probes, limits, options.batch_rule, options.guards)
     outcome = simulate_collected(gate, data, options.batch_size)
     allowed = data.positions() >= options.guards.sinks
@@ -105,7 +110,7 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
         batch_rule=options.batch_rule,
         layers=list(data.layers),
         thresholds=[limits[layer] for layer in data.layers],
-        probes={x: _probe_file(folder / probe_name(x), path.parent) for x in data.layers},
+        probes={x: probe_file(folder / probe_name(x), path.parent) for x in data.layers},
         guards=GuardSettings(**asdict(options.guards)),
         target_label=data.target,
         found_by={
@@ -137,8 +142,18 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
 
 
 @torch.no_grad()
+def collected_risks(data: CollectedData, probes: dict[int, LREProbe]) -> dict[int, Tensor]:
+    """What each probe says about each collected token, by layer: [tokens]."""
+    risks = {}
+    for layer in data.layers:
+        risks[layer] = torch.cat([probes[layer](rows) for rows in data.states[layer].split(16384)])
+        if not torch.isfinite(risks[layer]).all():
+            raise UsageError(f"the probe of layer {layer} gives NaN on the collected states")
+    return risks
+
+
 def find_thresholds(
-    data: CollectedData, probes: dict[int, LREProbe], rates: tuple[float, ...], options: CalibrateOptions
+    data: CollectedData, risks: dict[int, Tensor], rates: tuple[float, ...], options: CalibrateOptions
 ) -> dict[int, float]:
     """For each checkpoint the risk under which `rate` of the tokens still there lie."""
     allowed = data.positions() >= options.guards.sinks
@@ -146,9 +161,7 @@ def find_thresholds(
     gone = torch.zeros(data.tokens, dtype=torch.bool)
     limits = {}
     for layer, rate in zip(data.layers, rates, strict=True):
-        risk = torch.cat([probes[layer](rows) for rows in data.states[layer].split(16384)])
-        if not torch.isfinite(risk).all():
-            raise UsageError(f"the probe of layer {layer} gives NaN on the collected states")
+        risk = risks[layer]
         if options.batch_rule == "max":
             risk = step_maximum(risk, batches)
         here = allowed & ~gone

@@ -5,6 +5,7 @@ report = validate(loaded, gate, text, ValidateOptions(), data=CollectedData.open
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,16 +173,20 @@ def _bins(evaluation: Evaluation, value: Array, edges: tuple[float, ...], form: 
 
 def refuse_overlap(corpus: Corpus, data: CollectedData) -> None:
     """The text a promise is checked on must not be the text it was calibrated on."""
-    ids = data.token_ids.numpy().astype(np.uint64)
-    borders = np.flatnonzero(np.diff(data.sequence_ids.numpy())) + 1
-    short = [_shingles(sample) for sample in np.split(ids, borders) if len(sample) < SHINGLE]
-    known = np.unique(np.concatenate([_shingles(ids), *short]))
-    seen = [_shingles(np.array(sample, dtype=np.uint64))[::SHINGLE] for sample in corpus.samples()]
-    shingles = np.concatenate(seen)
-    share = float(np.isin(shingles, known).mean()) if len(shingles) else 0.0
+    ids, sequences = data.token_ids.numpy(), data.sequence_ids.numpy()
+    borders = np.flatnonzero(np.diff(sequences)) + 1
+    short = [sample for sample in np.split(ids, borders) if len(sample) < SHINGLE]
+    refuse_shared(corpus.samples(), [ids, *short], str(data.folder))
+
+
+def refuse_shared(samples: Iterable[Sequence[int]], known: Iterable[Sequence[int] | Array], where: str) -> None:
+    """Refuse samples that share runs of SHINGLE tokens with the known ones."""
+    old = np.unique(np.concatenate([_shingles(np.asarray(ids).astype(np.uint64)) for ids in known]))
+    shingles = np.concatenate([_shingles(np.array(sample, dtype=np.uint64))[::SHINGLE] for sample in samples])
+    share = float(np.isin(shingles, old).mean()) if len(shingles) else 0.0
     if share > MAX_OVERLAP:
         raise InputError(
-            f"{share:.0%} of this text is in the calibration text ({data.folder}): the result would flatter the gate",
+            f"{share:.0%} of this text is in the calibration text ({where}): the result would flatter the gate",
             hint="other text with --dataset or --split, or --allow-overlap if that is what you want",
         )
 
@@ -197,9 +202,12 @@ def _shingles(ids: Array) -> Array:
     return total
 
 
-def write_validation(path: Path, report: ValidateReport, evaluation: Evaluation) -> dict[str, Any]:
-    """`validate.json`: the report and, per sequence, the sums every figure can be computed from again."""
+def write_validation(path: Path, report: ValidateReport, evaluation: Evaluation, promise: Any = None) -> dict[str, Any]:
+    """`validate.json`: the report and, per sequence, the sums every figure can be computed from again; `promise`: what was
+    certified beside what was found."""
     document = plain(report) | {"difference": differences(report)}
+    if promise is not None:
+        document["promise"] = plain(promise)
     raw = {name: [round(float(x), 6) for x in values] for name, values in evaluation.per_sequence().items()}
     write_json(path, {"schema_version": 1, "report": document, "per_sequence": raw, "versions": versions()})
     return document

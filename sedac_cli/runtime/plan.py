@@ -12,11 +12,12 @@ import torch
 
 from sedac_cli.artifacts.gates_file import GatesFile
 from sedac_cli.artifacts.manifest import ModelIdentity
+from sedac_cli.artifacts.thresholds import FROM_GATES_FILE, Thresholds
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
-from sedac_cli.gates.registry import build_gate
+from sedac_cli.gates.registry import build_gate, gate_from_thresholds, read_thresholds
 from sedac_cli.probes import LREProbe
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -32,29 +33,63 @@ class Plan:
 def make_plan(
     spec: str, decoder: Decoder, identity: ModelIdentity | None = None, *, seed: int = 0, guards: Guards | None = None
 ) -> Plan:
-    """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made; all others are gates with zero stand-ins."""
+    """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made, `NAME:FILE.json` what `sedac calibrate` chose;
+    all others are gates with zero stand-ins."""
     name, _, argument = spec.partition(":")
     path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
     if name in ("learned", "cascade", "fixed") and path.endswith(".pth"):
         return plan_from_gates(Path(path), name, share, decoder, identity, guards)
+    if argument.endswith(".json") and name in FROM_GATES_FILE:
+        thresholds = read_thresholds(Path(argument), name)
+        if thresholds.gates_file is not None:
+            return plan_from_thresholds(thresholds, Path(argument).parent, decoder, identity, guards)
     if name == "learned":
         raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
     return Plan(build_gate(spec, decoder, guards=guards, seed=seed, identity=identity), ZeroStandIn())
 
 
+def plan_from_thresholds(
+    thresholds: Thresholds,
+    folder: Path,
+    decoder: Decoder,
+    identity: ModelIdentity | None = None,
+    guards: Guards | None = None,
+) -> Plan:
+    """The gate of a thresholds file as it was calibrated; files it names are looked for from `folder`."""
+    if identity is not None:
+        thresholds.model.require_same(identity, f"the thresholds in {folder}")
+    if thresholds.gates_file is None:
+        return Plan(gate_from_thresholds(thresholds, folder, decoder, guards=guards), ZeroStandIn())
+    thresholds.gates_file.verify(folder, "gates file")
+    path = folder / thresholds.gates_file.file
+    found = _read_gates(path, thresholds.gate, identity)
+    return plan_at(
+        found, path, float(thresholds.parameters["limit"]), decoder, guards or Guards(**thresholds.guards.model_dump())
+    )
+
+
 def plan_from_gates(
     path: Path, name: str, share: str, decoder: Decoder, identity: ModelIdentity | None, guards: Guards | None
 ) -> Plan:
+    found = _read_gates(path, name, identity)
+    try:
+        wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
+    except ValueError:
+        raise UsageError(f"'{share}' is not a share of MLPs to skip", hint=f"{name}:{path}@0.25") from None
+    return plan_at(found, path, found.limit_for(wanted), decoder, guards)
+
+
+def _read_gates(path: Path, name: str, identity: ModelIdentity | None) -> GatesFile:
     found = GatesFile.read(path)
     if found.kind != name:
         raise UsageError(f"{path} holds gate '{found.kind}', not '{name}'", hint=f"{found.kind}:{path}")
     if identity is not None:
         found.model.require_same(identity, str(path))
-    try:
-        wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
-    except ValueError:
-        raise UsageError(f"'{share}' is not a share of MLPs to skip", hint=f"{name}:{path}@0.25") from None
-    limit = found.limit_for(wanted)
+    return found
+
+
+def plan_at(found: GatesFile, path: Path, limit: float, decoder: Decoder, guards: Guards | None = None) -> Plan:
+    """The gate of a gates file with this limit on its scores, and its stand-ins."""
     guards = guards or Guards(sinks=found.sinks)
     standin = LowRankStandIns({layer: _load_standin(state) for layer, state in found.standins.items()})
     if found.kind == "learned":
@@ -71,6 +106,9 @@ def _load_router(state: dict[str, torch.Tensor], decoder: Decoder, path: Path) -
     width = state["weight"].shape[0]
     if width != decoder.hidden_size:
         raise InputError(f"{path}: routers of width {width}, the model's states are {decoder.hidden_size} wide")
+    missing = Router(width, 0).state_dict().keys() - state.keys()
+    if missing:
+        raise InputError(f"{path}: a router lacks {', '.join(sorted(missing))}", hint="sedac distill makes a new file")
     router = Router(width, state["outer"].shape[0])
     router.load_state_dict(state)
     return router.requires_grad_(False)

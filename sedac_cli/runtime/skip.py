@@ -323,11 +323,11 @@ class _Packed:
 
         An MLP that adds the residual inside returns it with its rows, so there the stand-in gets it added too.
         """
-        instead = self.installed.standin.rows(self.layer, flat)
-        if residual is not None:
-            out = residual if instead is None else residual + instead.to(residual.dtype)
-        else:
-            out = torch.zeros_like(flat) if instead is None else instead.to(flat.dtype)
+        out = torch.zeros_like(flat) if residual is None else residual
+        away = torch.nonzero(scale < 1).squeeze(-1)
+        instead = self.installed.standin.rows(self.layer, flat[away])  # a stand-in costs too: only where it is taken
+        if instead is not None:
+            out = out.index_add(0, away, instead.to(out.dtype))
         if result is None:
             return out
         ran = result.reshape(-1, flat.shape[-1])
