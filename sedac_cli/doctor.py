@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
+
+from sedac_cli.hub import hub_error
 
 Status = Literal["ok", "missing", "problem"]
 
@@ -143,9 +144,7 @@ def _disk() -> Check:
 def _hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE", "yes"):
         return Check("hub", "missing", "HF_HUB_OFFLINE is set: only cached and local models")
-    try:
-        with socket.create_connection(("huggingface.co", 443), timeout=2):
-            return Check("hub", "ok", "huggingface.co answers")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        return Check("hub", "missing", f"huggingface.co: {reason}", "builtin:tiny and local folders need no hub")
+    reason = hub_error()
+    if reason is None:
+        return Check("hub", "ok", "answers")
+    return Check("hub", "missing", reason, "builtin:tiny and local folders need no hub")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 
@@ -280,3 +281,16 @@ def test_help_answers_soon():
     began = time.monotonic()
     assert run_python("-m", "sedac_cli", "--help").code == 0
     assert time.monotonic() - began < 5  # a fuse; the benchmark measures it
+
+
+def test_only_names_of_the_hub_are_asked_for_there(tmp_path, monkeypatch):
+    from sedac_cli.hub import go_offline_if_unreachable, is_hub_ref
+
+    assert is_hub_ref("Qwen/Qwen2.5-3B-Instruct")
+    assert is_hub_ref("wikitext")
+    assert not any(map(is_hub_ref, ["builtin:tiny", "./model", "~/model", str(tmp_path)]))
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")  # the discard port: nobody answers
+    go_offline_if_unreachable()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"

@@ -20,6 +20,7 @@ import typer
 
 from sedac_cli.config import ModelSpec, TextSpec, read_yaml_options
 from sedac_cli.console import Output, set_debug
+from sedac_cli.hub import go_offline_if_unreachable, is_hub_ref
 
 
 def option(panel: str, *names: str, help: str, **more: Any) -> Any:
@@ -127,6 +128,9 @@ def sedac_command(*, model: ModelSpec | None = None, text: TextSpec | None = Non
                 values[name] = type(default)(**given)
             if wants_seed:
                 values["seed"] = seed
+            named = [getattr(values[name], "ref" if name == "model" else "dataset") for name in groups]
+            if any(map(is_hub_ref, named)):
+                go_offline_if_unreachable()
             return function(out=out, **values)
 
         for kind, _ in options.values():
