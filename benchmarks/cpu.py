@@ -129,19 +129,20 @@ import resource, sys
 from pathlib import Path
 from sedac_cli.config import ModelSpec, TextSpec
 from sedac_cli.pipeline.collect import CollectOptions, collect
-collect(CollectOptions(save_dir=Path(sys.argv[1])), ModelSpec(), TextSpec(samples=int(sys.argv[2]), max_length=256))
+options = CollectOptions(layers=tuple(range(28)), save_dir=Path(sys.argv[1]))
+collect(options, ModelSpec(), TextSpec(samples=int(sys.argv[2]), max_length=128))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
 def bench_memory(args: argparse.Namespace) -> list[Figure]:
-    """Peak memory of a process that collects 10 times the samples: it must not grow."""
+    """Peak memory of a process that collects 10 times the samples, at every layer: it must not grow."""
     peaks = {}
-    for samples in (60, 600):
+    for samples in (20, 200):
         with tempfile.TemporaryDirectory() as folder:
             peaks[f"{samples}_samples_mib"] = float(python("-c", PEAK, folder, samples))
     few, many = peaks.values()
-    note = f"{few:,.0f} -> {many:,.0f} MiB; 600 samples of 256 tokens are {600 * 256 * 3 * 128 * 4 / 2**20:,.0f} MiB of states"
+    note = f"{few:,.0f} -> {many:,.0f} MiB; 200 samples of 128 tokens are {200 * 128 * 28 * 128 * 4 / 2**20:,.0f} MiB of states"
     return [Figure("collect: peak memory, 10x the samples", many / few, "x", 1.10, True, note, peaks, 0.0)]
 
 
@@ -205,7 +206,7 @@ def bench_gated(args: argparse.Namespace) -> list[Figure]:
     forward(), gated()
     before = quiet()
     samples: dict[str, list[float]] = {"dense_s": [], "gated_s": []}
-    for _ in range(PAIRS + 2):
+    for _ in range(PAIRS):
         samples["dense_s"].append(forward())
         samples["gated_s"].append(gated())
     pairs = list(zip(samples["dense_s"], samples["gated_s"], strict=True))
@@ -238,11 +239,6 @@ def main() -> int:
     from sedac_cli.artifacts.manifest import versions
 
     figures: list[Figure] = []
-    with open(os.devnull, "w") as nowhere:
-        for name in args.only.split(","):
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            with redirect_stderr(nowhere):
-                figures += BENCHES[name](args)
     machine = {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -250,12 +246,12 @@ def main() -> int:
         "system": platform.platform(),
     }
     make_folder(args.out.parent)
-    document = {
-        "machine": machine,
-        "versions": versions(),
-        "figures": [asdict(f) | {"reached": f.reached} for f in figures],
-    }
-    write_json(args.out, document)
+    for name in args.only.split(","):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            figures += BENCHES[name](args)
+        rows = [asdict(f) | {"reached": f.reached} for f in figures]
+        write_json(args.out, {"machine": machine, "versions": versions(), "figures": rows})
     print(f"{'figure':<40}{'measured':>10}  {'target':>10}  reached")
     for f in figures:
         bound = ("<= " if f.most else ">= ") + f"{f.limit:g} {f.unit}"
