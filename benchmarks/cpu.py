@@ -125,13 +125,14 @@ def bench_collect(args: argparse.Namespace) -> list[Figure]:
 
 
 PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
 from sedac_cli.config import ModelSpec, TextSpec
 from sedac_cli.pipeline.collect import CollectOptions, collect
 options = CollectOptions(layers=tuple(range(28)), save_dir=Path(sys.argv[1]))
 collect(options, ModelSpec(), TextSpec(samples=int(sys.argv[2]), max_length=128))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(status["VmHWM"].split()[0]) / 1024)  # ru_maxrss would begin at the parent's peak
 """
 
 
