@@ -97,7 +97,7 @@ def test_strategies_are_a_total(ready, strategy, share):
     first, second = report.checkpoints
     assert first.exit_rate == pytest.approx(second.exit_rate, abs=0.005)
     each = rates_for(strategy, 7)
-    assert 1.0 - (1.0 - each[0]) ** 7 == pytest.approx(share)
+    assert (1 - each[0]) ** 7 == pytest.approx(1 - share)
 
 
 def test_balanced_is_the_default(ready):
