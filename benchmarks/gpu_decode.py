@@ -1,6 +1,6 @@
 """The decode kernels on a GPU, in the shapes of a Qwen2.5-7B step, against the time to read their weights.
 
-    python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json [--no-tests] [--tuning]
+    python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json [--no-tests]
 
 Random weights: only speed is measured here. Every matrix is read from memory, not from L2: calls go round over copies.
 """
@@ -13,17 +13,26 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
+from cases import router_of  # noqa: E402
 from gpu_kernels import copy  # noqa: E402
 from gpu_timing import Bench, buffers, each, table  # noqa: E402
 
-from sedac_cli.gpu import compile, skinny  # noqa: E402
-from sedac_cli.gpu.decode import Heads, attend, attend_scratch, rms_norm, rotate_and_store  # noqa: E402
+from sedac_cli.gpu import compile  # noqa: E402
+from sedac_cli.gpu.decode import (  # noqa: E402
+    Heads,
+    attend,
+    attend_scratch,
+    norm_route,
+    norm_route_scratch,
+    rms_norm,
+    rotate_and_store,
+)
+from sedac_cli.gpu.probe import RouterWeights  # noqa: E402
 from sedac_cli.gpu.skinny import skinny_gated, skinny_linear  # noqa: E402
 
 HIDDEN, WIDE, VOCAB = 3584, 18944, 152064
@@ -71,13 +80,18 @@ def glue(bench: Bench, rows: int, places: int) -> None:
     bench.report(
         f"norm {rows}", bench.measure({"ours": each(lambda x: rms_norm(x, weight, 1e-6), states)}), None, "", None
     )
+    router = [RouterWeights.pack(router_of(HIDDEN, 16, "cuda"), "cuda") for _ in range(28)]
+    scratch = norm_route_scratch(rows, HIDDEN, weight.device)
+    needs = torch.zeros(1, dtype=torch.int32, device="cuda")
+    works = each(lambda r: norm_route(states[0], weight, 1e-6, r, scratch, threshold=0.1, needs=needs), router)
+    bench.report(f"norm + router {rows}", bench.measure({"ours": works}), None, "", None)
     qkv = buffers((rows, HEADS.width), most=8)
     keys, values = (buffers((rows, HEADS.key, places, HEADS.size), most=56) for _ in range(2))
     count = min(len(keys), 8)
     cos = torch.ones(rows, HEADS.rotary, dtype=torch.bfloat16, device="cuda")
     slot = torch.tensor([places - 1], device="cuda")
     first = torch.zeros(rows, dtype=torch.long, device="cuda")
-    scratch = attend_scratch(rows, HEADS, places, slot.device)
+    scratch = attend_scratch(rows, HEADS, places, qkv[0].dtype, slot.device)
     works = each(
         lambda x, k, v: rotate_and_store(x, HEADS, cos, cos, k, v, slot), qkv[:count], keys[:count], values[:count]
     )
@@ -87,27 +101,58 @@ def glue(bench: Bench, rows: int, places: int) -> None:
     bench.report(f"attend {rows} x {places}", bench.measure({"ours": works}), floor, "", None)
 
 
-def tuning(bench: Bench) -> None:
-    for rows in (1, 32):
-        for name, size, width in (("out", HIDDEN, HIDDEN), ("down", HIDDEN, WIDE), ("gate, up", WIDE, HIDDEN)):
-            weights = buffers((size, width), width**-0.5)
-            x = buffers((rows, width))[0]
-            variants = {}
-            for warps, stages in ((8, 8), (8, 4), (8, 12), (4, 8), (4, 16), (16, 4), (16, 8)):
-                if name == "gate, up":
-                    work = each(lambda w, x=x: skinny_gated(x, w, w, "silu"), weights)
-                else:
-                    work = each(lambda w, x=x: skinny_linear(x, [w]), weights)
+def chain(bench: Bench, rows: int, places: int) -> None:
+    """One layer after the other as in a step, 14 of them: what overlapping launches gain does not show in single kernels."""
+    layers = 14
+    with torch.device("cuda"):
+        make = {
+            "qkv": (4608, HIDDEN),
+            "out": (HIDDEN, HIDDEN),
+            "gate": (WIDE, HIDDEN),
+            "up": (WIDE, HIDDEN),
+            "down": (HIDDEN, WIDE),
+        }
+        weights = [
+            {name: (torch.randn(shape) * shape[1] ** -0.5).bfloat16() for name, shape in make.items()}
+            for _ in range(layers)
+        ]
+        h = torch.randn(rows, HIDDEN).bfloat16()
+        one = torch.ones(HIDDEN).bfloat16()
+        cos = torch.ones(rows, HEADS.rotary).bfloat16()
+        caches = [
+            [torch.randn(rows, HEADS.key, places, HEADS.size).bfloat16() for _ in range(2)] for _ in range(layers)
+        ]
+        slot, first = torch.tensor([places - 1]), torch.zeros(rows, dtype=torch.long)
+        flags = {"on": torch.ones(1, dtype=torch.int32), "off": torch.zeros(1, dtype=torch.int32)}
+        routers = [RouterWeights.pack(router_of(HIDDEN, 16, "cuda"), "cuda") for _ in range(layers)]
+        needs = torch.zeros(layers, dtype=torch.int32)
+    scratch = attend_scratch(rows, HEADS, places, h.dtype, h.device)
+    scratch2 = norm_route_scratch(rows, HIDDEN, h.device)
 
-                def tuned(call, warps=warps, stages=stages):
-                    with patch.object(skinny, "WARPS", warps), patch.object(skinny, "STAGES", stages):
-                        call()
+    def step(flag: torch.Tensor | None, routed: bool) -> None:
+        for i, w in enumerate(weights):
+            x = rms_norm(h, one, 1e-6)
+            qkv = skinny_linear(x, [w["qkv"]])
+            rotate_and_store(qkv, HEADS, cos, cos, *caches[i], slot)
+            a = attend(qkv, HEADS, *caches[i], slot, first, scratch)
+            skinny_linear(a, [w["out"]], residual=h, out=h)
+            need = flag
+            if routed:
+                need = needs[i : i + 1]
+                x, _, _ = norm_route(h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need)
+            else:
+                x = rms_norm(h, one, 1e-6)
+            z = skinny_gated(x, w["gate"], w["up"], "silu", need=need, settled=not routed)
+            skinny_linear(z, [w["down"]], residual=h, out=h, need=need, settled=True)
 
-                variants[f"{warps} warps, {stages} stages"] = [
-                    lambda call=call, tuned=tuned: tuned(call) for call in work
-                ]
-            samples = bench.measure({"ours": next(iter(variants.values())), **variants})
-            bench.report(f"tune {name} {rows}", samples, bench.read_floor(size * width * 2), "", None)
+    mlp = layers * 3 * HIDDEN * WIDE * 2
+    rest = layers * (4608 + HIDDEN) * HIDDEN * 2
+    variants = {
+        "ours": (lambda: step(None, False), mlp + rest), "all on": (lambda: step(flags["on"], False), mlp + rest),
+        "all off": (lambda: step(flags["off"], False), rest), "routed, on": (lambda: step(None, True), mlp + rest),
+    }  # fmt: skip
+    samples = bench.measure({name: [work] for name, (work, _) in variants.items()})
+    bench.report(f"{layers} layers, {rows} rows, {places} places", samples, bench.read_floor(mlp + rest), "", None)
 
 
 def main() -> int:
@@ -115,7 +160,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_decode.json")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--tuning", action="store_true")
     chosen = parser.parse_args()
     cupy = compile.require_gpu()
     torch.manual_seed(0)
@@ -126,12 +170,12 @@ def main() -> int:
         print("\n".join(done.stdout.splitlines()[-100:]) + done.stderr[-1500:], flush=True)
     bench = Bench(chosen.repeats, 300)
     copy(bench)
-    for rows in (1, 8, 32, 64):
+    for rows in (1, 8):
         linears(bench, rows)
     for rows, places in ((1, 512), (1, 4096), (32, 512)):
         glue(bench, rows, places)
-    if chosen.tuning:
-        tuning(bench)
+    for rows, places in ((1, 512), (1, 4096), (8, 512)):
+        chain(bench, rows, places)
     table(bench)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cupy": cupy.__version__}
     facts = {"machine": machine, "copy_gb_per_s": bench.bandwidth, "read_gb_per_s": bench.read_bandwidth}

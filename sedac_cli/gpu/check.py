@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
+from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
 from sedac_cli.gpu.entropy import BLOCKS, UNROLL, WARPS
 from sedac_cli.gpu.probe import shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
@@ -45,12 +46,17 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     yield "conditional", {"SET_CONDITION": 1}
     for t, nt, gated in product((1, 2), (1, 2, 4, 8), (0, 1)):
         for act in (1, 2, 3) if gated else (0, 1):
-            yield "skinny", skinny_constants(t, nt, bool(gated), act)
+            for per_block in (1,) if gated else (1, 2):
+                yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block)
     for t in range(3):
         yield "decode", {"T": t, "ENTRY": 1}
         yield "decode", {"T": t, "ENTRY": 2}
         for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
-            yield "decode", {"T": t, "ENTRY": 3, "D": size, "G": group}
+            heads = Heads(group, 1, size, size, 1.0)
+            yield "decode", attend_constants(t, 2 if t else 4, heads, 4096)
+    for t, units in product(range(3), (8, 24, 72)):
+        yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units}
+        yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
@@ -60,6 +66,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
 
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
+    if family == "decode":
+        return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 3 else 0
     if family == "skinny":
         return skinny_bytes(constants)
     if family != "probe" or constants["RANKS"]:

@@ -9,6 +9,7 @@ a kernel on a machine without a GPU, or with a CuPy that does not fit torch, is 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import logging
@@ -181,15 +182,47 @@ def launch(
     threads: int,
     args: Sequence[Tensor | np.generic | None],
     shared: int = 0,
+    early: bool = False,
 ) -> None:
-    """Launch on torch's current stream of `device`. Tensors go as pointers, None as a null pointer, numbers must be typed."""
+    """Launch on torch's current stream of `device`. Tensors go as pointers, None as a null pointer, numbers must be typed.
+
+    `early`: the launch may begin before the one ahead has ended; its kernel calls `settle` before it touches what that wrote.
+    """
     refuse_shape(f"{family}.{entry} {dict(constants)}", grid, threads)
     index = device_index(device)
     kernel = compiled(family, entry, tuple(constants.items()), index, shared)
     values = tuple(value if isinstance(value, np.generic) else _pointer(value) for value in args)
     cupy = require_gpu()
+    if early and properties(index).major >= 9:
+        with torch.cuda.device(index):
+            _launch_early(kernel, grid, threads, values, shared, torch.cuda.current_stream(index).cuda_stream)
+        return
     with torch.cuda.device(index), cupy.cuda.Device(index), _stream(torch.cuda.current_stream(index).cuda_stream):
         kernel(tuple(map(int, grid)), (threads,), values, shared_mem=shared)
+
+
+_CTYPES = {np.int32: ctypes.c_int32, np.int64: ctypes.c_int64, np.float32: ctypes.c_float}
+
+
+def _launch_early(
+    kernel: Any, grid: Sequence[int], threads: int, values: Sequence[np.generic], shared: int, stream: int
+) -> None:
+    """By the driver's own call: CuPy's launch has no attributes."""
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    sizes = (*map(int, grid), 1, 1)
+    config.gridDimX, config.gridDimY, config.gridDimZ = sizes[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    kinds = tuple(_CTYPES.get(type(value), ctypes.c_void_p) for value in values)
+    function = driver.CUfunction(kernel.kernel.ptr)
+    (status,) = driver.cuLaunchKernelEx(config, function, (tuple(value.item() for value in values), kinds), 0)
+    if int(status):
+        raise RuntimeError(f"cuLaunchKernelEx failed: {status}")
 
 
 def _pointer(value: Tensor | None) -> np.generic:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from sedac_cli.gpu.compile import F32, I32, I64, counters, kind, launch
-from sedac_cli.gpu.tensors import flat
+from sedac_cli.gpu.probe import MAX_UNITS, Handles, RouterWeights
+from sedac_cli.gpu.tensors import MASK, Number, flat, number
 
-KEYS = 128
-"""Keys a block of the attention kernel takes."""
+SLICE = 256
+"""Elements of a row that a block of norm_route multiplies with the router."""
 MAX_HEAD, MAX_GROUP = 256, 16
 
 
@@ -61,7 +62,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     if x.shape[0]:
         threads = 128 if x.shape[1] <= 1024 else 512
         launch(
-            "decode", "rms_norm", {"T": kind(x, "x"), "ENTRY": 1}, x.device, grid=(x.shape[0],), threads=threads,
+            "decode", "rms_norm", {"T": kind(x, "x"), "ENTRY": 1}, x.device, early=True, grid=(x.shape[0],),
+            threads=threads,
             args=[
                 x, I64(x.stride(0)), I32(x.shape[1]), flat(weight, "weight", x.shape[1], x.device, x.dtype), F32(eps),
                 I32(int(plus_one)), out, I64(out.stride(0)),
@@ -87,7 +89,7 @@ def rotate_and_store(
     for name, tensor in (("cos", cos), ("sin", sin)):
         flat(tensor, name, qkv.shape[0] * table, qkv.device, qkv.dtype)
     launch(
-        "decode", "rotate", {"T": kind(qkv, "qkv"), "ENTRY": 2}, qkv.device,
+        "decode", "rotate", {"T": kind(qkv, "qkv"), "ENTRY": 2}, qkv.device, early=True,
         grid=(heads.query + 2 * heads.key, qkv.shape[0]), threads=64 if heads.size <= 64 else 128,
         args=[
             qkv, I64(qkv.stride(0)), I32(heads.query), I32(heads.key), I32(heads.size), I32(table), cos, sin, q_norm, k_norm,
@@ -96,10 +98,26 @@ def rotate_and_store(
     )  # fmt: skip
 
 
-def attend_scratch(rows: int, heads: Heads, places: int, device: torch.device) -> Tensor:
+def attend_constants(element: int, size: int, heads: Heads, places: int) -> dict[str, int]:
+    """`size`: bytes of an element. A block takes as many keys as leave room for three blocks a multiprocessor."""
+    keys = next(count for count, most in ((128, 256), (64, 512), (32, 1024)) if heads.size * size <= most)
+    chunks = max(1, 1 << (-(-places // keys) - 1).bit_length())
+    return {"T": element, "ENTRY": 3, "D": heads.size, "G": heads.group, "KEYS": keys, "MAX_CHUNKS": chunks}
+
+
+def attend_bytes(constants: dict[str, int], size: int) -> int:
+    """Shared memory: keys and values, later the teams' sums, later the chunks' weights."""
+    width, group = constants["D"], constants["G"]
+    teams = 256 // (width // 2)
+    return max(
+        2 * constants["KEYS"] * (width * size + 16), teams * group * width * 4, group * constants["MAX_CHUNKS"] * 4
+    )
+
+
+def attend_scratch(rows: int, heads: Heads, places: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What blocks leave for the one that ends last; may be shared by all layers of a step."""
-    chunks = -(-places // KEYS)
-    return torch.empty(rows * heads.key * chunks * heads.group * (heads.size + 2), device=device)
+    keys = attend_constants(0, dtype.itemsize, heads, places)["KEYS"]
+    return torch.empty(rows * heads.key * -(-places // keys) * heads.group * (heads.size + 2), device=device)
 
 
 def attend(
@@ -116,12 +134,13 @@ def attend(
     rows, places = q.shape[0], keys.shape[2]
     shape = (rows, heads.query * heads.size)
     out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
-    constants = {"T": kind(q, "q"), "ENTRY": 3, "D": heads.size, "G": heads.group}
-    chunks = -(-places // KEYS)
+    constants = attend_constants(kind(q, "q"), q.element_size(), heads, places)
+    chunks = -(-places // constants["KEYS"])
     if scratch.numel() < rows * heads.key * chunks * heads.group * (heads.size + 2):
         raise ValueError(f"scratch of {scratch.numel()} floats is too small for {rows} rows of {places} places")
     launch(
-        "decode", "attend", constants, q.device, grid=(rows * heads.key, chunks), threads=KEYS,
+        "decode", "attend", constants, q.device, early=True, grid=(rows * heads.key, chunks), threads=256,
+        shared=attend_bytes(constants, q.element_size()),
         args=[
             q, I64(q.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),
             flat(slot, "slot", 1, q.device, torch.int64), flat(first, "first", rows, q.device, torch.int64),
@@ -129,3 +148,46 @@ def attend(
         ],
     )  # fmt: skip
     return out
+
+
+def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
+    """What the blocks of a row leave for the one that ends last."""
+    return torch.empty(rows * -(-width // SLICE) * (MAX_UNITS + 10), device=device)
+
+
+def norm_route(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: RouterWeights,
+    scratch: Tensor,
+    *,
+    threshold: Number,
+    plus_one: bool = False,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+    arm: Handles | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch."""
+    rows, width = x.shape
+    if width != router.width:
+        raise ValueError(f"rows of {width}; the router reads {router.width}")
+    out = torch.empty_like(x)
+    score = torch.empty(rows, device=x.device)
+    run = torch.empty(rows, dtype=torch.bool, device=x.device)
+    constants = {"T": kind(x, "x"), "ENTRY": 4, "SLICE": SLICE, "UNITS": -(-(1 + router.units) // 8) * 8}
+    if arm is not None:
+        constants["SET_CONDITION"] = 1
+    launch(
+        "decode", "norm_route", constants, x.device, early=True, grid=(-(-width // SLICE), rows), threads=256,
+        args=[
+            x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
+            out, I64(out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,
+            F32(router.eps), scratch, counters(x.device), *number(threshold, "threshold", x.device), score, run,
+            flat(may_skip, "may_skip", rows, x.device, *MASK), flat(real, "real", rows, x.device, *MASK),
+            flat(needs, "needs", 1, x.device, torch.int32), None if arm is None else arm.table,
+            I32(0 if arm is None else arm.count), I32(0 if arm is None else int(arm.has_opposite)),
+        ],
+    )  # fmt: skip
+    return out, score, run

@@ -96,6 +96,7 @@ class RouterWeights:
     matrix: Tensor
     """[1 + units, padded]: the linear part first, then the hidden units."""
     outer: Tensor
+    """[units], then the sum of each row of `matrix`: what a norm that is taken afterwards needs."""
     bias: Tensor
     eps: float = 1e-5
 
@@ -108,8 +109,7 @@ class RouterWeights:
             raise ValueError(f"a router with {units} hidden units: the kernel goes up to {MAX_UNITS}")
         matrix = torch.zeros(1 + units, -(-width // 4) * 4, device=device)
         matrix[0, :width], matrix[1:, :width] = router.weight.detach(), inner
-        outer = torch.zeros(max(1, units), device=device)
-        outer[:units] = router.outer.detach()
+        outer = torch.cat([router.outer.detach().to(matrix), matrix.sum(dim=1)])
         return cls(width, matrix, outer, router.bias.detach().to(matrix).reshape(1).clone())
 
     @property

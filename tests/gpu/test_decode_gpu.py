@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import assert_close, counters_come_back, poison  # noqa: F401 - one is a fixture
+from cases import agree_away_from, assert_close, counters_come_back, poison, router_of  # noqa: F401 - one is a fixture
 from torch import Tensor
 
-from sedac_cli.gpu import decode, decode_reference
+from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.decode import Heads
+from sedac_cli.gpu.probe import RouterWeights
 from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
 
 pytestmark = [
@@ -136,8 +137,36 @@ def test_attend(dtype, heads, slot):
     keys, values = (random(rows, heads.key, places, heads.size, dtype=dtype) for _ in range(2))
     at = torch.tensor([slot], device="cuda")
     first = torch.tensor([0, slot // 3, slot, slot // 2], device="cuda")
-    scratch = decode.attend_scratch(rows, heads, places, q.device)
+    scratch = decode.attend_scratch(rows, heads, places, dtype, q.device)
     scratch.fill_(float("nan"))
     found = decode.attend(q, heads, keys, values, at, first, scratch)
     expected = decode_reference.attend(q.float(), heads, keys.float(), values.float(), at, first)
     close(f"slot {slot}", found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (5, 77), (64, 384), (3, 4096)])
+@pytest.mark.parametrize("units", [0, 16, 64])
+def test_norm_and_router_in_one(dtype, rows, width, units):
+    router = router_of(width, units, "cuda")
+    x, weight = random(rows, width, dtype=dtype, scale=3), random(width, dtype=dtype)
+    may, real = (torch.rand(rows, device="cuda") < share for share in (0.8, 0.7))
+    needs = torch.full((1,), 9, dtype=torch.int32, device="cuda")
+    scratch = decode.norm_route_scratch(rows, width, x.device)
+    poison(scratch)
+    y, score, run = decode.norm_route(
+        x,
+        weight,
+        1e-6,
+        RouterWeights.pack(router, "cuda"),
+        scratch,
+        threshold=0.1,
+        may_skip=may,
+        real=real,
+        needs=needs,
+    )
+    close("norm", y, decode_reference.rms_norm(x, weight, 1e-6).float())
+    exact, wanted = reference.router_score(y, router, threshold=0.1, may_skip=may)
+    assert_close("score", score, exact, 1e-3)
+    agree_away_from("run", run, wanted, exact, 0.1, 1e-3)
+    assert needs.item() == int((run & real).any())

@@ -12,7 +12,7 @@
 
 #define THREADS (32 * WARPS)
 #define STEP (32 * WARPS)
-#define MT (GATED ? 2 : 1)
+#define MT (GATED ? 2 : TILES)
 #define GROUP_NT (NT < 2 ? NT : 2)
 
 typedef Elem<T>::raw raw;
@@ -39,29 +39,36 @@ __device__ __forceinline__ float activate(float x) {
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when) {
-  if (need && (__ldg(need) != 0) != (when != 0)) return;
+    int when, int settled) {
+  // A flag that the launch ahead may still write is read once that has ended; a `settled` one at once, so that the first
+  // weights can be on their way while the launch ahead still runs.
+  if (need && !settled) settle();
+  if (need && (*(const volatile int*)need != 0) != (when != 0)) {
+    settle();
+    release();
+    return;
+  }
   DYNAMIC_SHARED(dynamic);
   __shared__ float partial[WARPS][MT][GROUP_NT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  // Which matrix this block's 16 rows belong to, and where its output columns start.
-  const raw *w = w0, *bias = b0;
-  int n = n0, tile = blockIdx.x, column = 0;
+  // The 16-row tiles of this block: of which matrix, and where their output columns start.
+  const raw *rows[MT][2], *bias[MT];
+  int n[MT], tile[MT], column[MT];
+#pragma unroll
+  for (int i = 0; i < MT; ++i) {
+    const raw* w = GATED && i ? w1 : w0;
+    bias[i] = GATED && i ? b1 : b0, n[i] = n0, tile[i] = GATED ? blockIdx.x : blockIdx.x * MT + i, column[i] = 0;
 #if !GATED
-  const int tiles0 = (n0 + 15) / 16, tiles1 = (n1 + 15) / 16;
-  if (tile >= tiles0) {
-    tile -= tiles0, column = n0, w = w1, bias = b1, n = n1;
-    if (tile >= tiles1) tile -= tiles1, column = n0 + n1, w = w2, bias = b2, n = n2;
+    const int tiles0 = (n0 + 15) / 16, tiles1 = (n1 + 15) / 16;
+    if (tile[i] >= tiles0) {
+      tile[i] -= tiles0, column[i] = n0, w = w1, bias[i] = b1, n[i] = n1;
+      if (tile[i] >= tiles1) tile[i] -= tiles1, column[i] = n0 + n1, w = w2, bias[i] = b2, n[i] = n2;
+    }
+    if (tile[i] * 16 >= n[i]) w = w0, n[i] = 0;  // past the last: reads something, writes nothing
+#endif
+#pragma unroll
+    for (int h = 0; h < 2; ++h) rows[i][h] = w + (i64)max(0, min(tile[i] * 16 + g + h * 8, n[i] - 1)) * k;
   }
-#endif
-  const int row = tile * 16 + g;
-  const raw* rows[MT][2];
-  rows[0][0] = w + (i64)min(row, n - 1) * k;
-  rows[0][1] = w + (i64)min(row + 8, n - 1) * k;
-#if GATED
-  rows[1][0] = w1 + (i64)min(row, n - 1) * k;
-  rows[1][1] = w1 + (i64)min(row + 8, n - 1) * k;
-#endif
   float sum[MT][NT][4] = {};
   // A lane reads back only what it copied itself: its ring of STAGES steps needs no barrier.
   const u32 ring = shared_address(dynamic) + threadIdx.x * 16;
@@ -79,6 +86,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < STAGES; ++step) ask(step);
+  settle();
+  release();
   for (int step = 0; step < steps; ++step) {
     const int at = mine + step * STEP;
     uint4 q[NT];
@@ -114,25 +123,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     __syncthreads();
     for (int e = threadIdx.x; e < GROUP_NT * 128; e += THREADS) {
       const int c = e / 128, j = e / 32 % 4, l = e % 32;
-      const int r = (from + c) * 8 + l % 4 * 2 + j % 2, at = tile * 16 + l / 4 + (j / 2) * 8;
-      if (r >= m || at >= n) continue;
+      const int r = (from + c) * 8 + l % 4 * 2 + j % 2, in_tile = l / 4 + (j / 2) * 8;
+      if (r >= m) continue;
       float total[MT];
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
+        const int at = tile[i] * 16 + in_tile;
         total[i] = 0.0f;
 #pragma unroll
         for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][c][j][l];
+        if (bias[i] && at < n[i]) total[i] += widen<T>(bias[i][at]);
       }
-      float y = total[0];
+#pragma unroll
+      for (int i = 0; i < (GATED ? 1 : MT); ++i) {
+        const int at = tile[i] * 16 + in_tile;
+        if (at >= n[i]) continue;
+        float y = total[i];
 #if GATED
-      if (b0) y += widen<T>(b0[at]), total[1] += widen<T>(b1[at]);
-      y = rounded(activate(rounded(y))) * rounded(total[1]);
+        y = rounded(activate(rounded(y))) * rounded(total[1]);
 #else
-      if (bias) y += widen<T>(bias[at]);
-      if (ACT) y = activate(rounded(y));
-      if (residual) y = widen<T>(residual[r * r_stride + column + at]) + rounded(y);
+        if (ACT) y = activate(rounded(y));
+        if (residual) y = widen<T>(residual[r * r_stride + column[i] + at]) + rounded(y);
 #endif
-      out[r * out_stride + column + at] = narrow<T>(y);
+        out[r * out_stride + column[i] + at] = narrow<T>(y);
+      }
     }
   }
 }
