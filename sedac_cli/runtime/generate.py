@@ -91,7 +91,7 @@ def generate(
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
-    ends = set() if options.ignore_eos else set(_as_list(loaded.model.generation_config.eos_token_id))
+    ends = set() if options.ignore_eos else set(end_tokens(loaded))
     return _describe(loaded, run.passes, new, ends, int(inputs["attention_mask"].sum()), total)
 
 
@@ -156,5 +156,6 @@ def _describe(
     )
 
 
-def _as_list(value: Any) -> list[int]:
+def end_tokens(loaded: LoadedModel) -> list[int]:
+    value = loaded.model.generation_config.eos_token_id
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,213 @@
+"""The graph engine on a GPU, in the shape of a known model with RANDOM weights and forced skip rates: speed only.
+
+    python benchmarks/gpu_engine.py --out benchmarks/results/gpu_engine.json [--shape qwen2.5-7b] [--batch 1,8,32] [--trace DIR]
+
+Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
+same run. Cases are interleaved round by round, every sample is kept. Gates that are learned have random routers with the limit
+set so that everything runs: what deciding costs, not what it saves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
+from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
+from sedac_cli.probes import LREProbe  # noqa: E402
+from sedac_cli.runtime.generate import GenerateOptions  # noqa: E402
+from sedac_cli.runtime.graph import GraphEngine  # noqa: E402
+from sedac_cli.runtime.plan import Plan, make_plan  # noqa: E402
+from sedac_cli.shapes import shaped_model  # noqa: E402
+from sedac_cli.standins import ZeroStandIn  # noqa: E402
+
+PLACES = 1024
+
+
+def read_bandwidth() -> float:
+    """Bytes per second of reading 2 GiB, the best of several reductions."""
+    x = torch.empty(2**29, dtype=torch.int32, device="cuda").random_()
+    best = 0.0
+    for _ in range(6):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        x.amax()
+        end.record()
+        end.synchronize()
+        best = max(best, x.numel() * 4 / begin.elapsed_time(end) * 1e3)
+    return best
+
+
+def weight_bytes(loaded) -> tuple[int, list[int]]:
+    """(what every step reads, what each layer's MLP reads)."""
+    mlps = [sum(p.numel() * p.element_size() for p in b.entry.parameters()) for b in loaded.decoder.branches]
+    layers = sum(p.numel() * p.element_size() for layer in loaded.decoder.layers for p in layer.parameters())
+    head = loaded.model.get_output_embeddings().weight
+    return layers - sum(mlps) + head.numel() * head.element_size(), mlps
+
+
+class Case:
+    """An engine with one captured burst, and the flags it runs under."""
+
+    def __init__(self, name: str, engine: GraphEngine, flags: list[int] | None, context: int):
+        self.name, self.engine, self.flags = name, engine, flags
+        self.context = context
+        self.samples: list[float] = []
+
+    def prepare(self) -> None:
+        engine = self.engine
+        ids = torch.randint(10, 1000, (engine.batch, self.context), device="cuda")
+        options = GenerateOptions(max_new_tokens=engine.burst + 1, ignore_eos=True)
+        engine.run(ids, torch.ones_like(ids), options)
+        (self.replay, _), *_ = [value for (_, size), value in engine.graphs.items() if size == engine.burst]
+
+    def time(self) -> None:
+        engine = self.engine
+        engine.state.slot.fill_(self.context)
+        engine.state.position.fill_(self.context)
+        if self.flags is not None:
+            engine.program.needs.copy_(torch.tensor(self.flags))
+        self.replay()
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(4):
+            self.replay()
+        end.record()
+        end.synchronize()
+        self.samples.append(begin.elapsed_time(end) / 4 / engine.burst)
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.samples)
+
+
+def deciding(loaded) -> dict[str, Plan]:
+    layers, width = loaded.decoder.num_layers, loaded.decoder.hidden_size
+    routers = {i: Router(width, 16).requires_grad_(False) for i in range(layers)}
+    probes = {i: LREProbe(width, 64).requires_grad_(False) for i in (layers // 4, layers // 2, 3 * layers // 4)}
+    return {
+        "learned gate deciding, all on": Plan(LearnedGate(layers, routers, 1e9), ZeroStandIn()),
+        "cascade deciding, all on": Plan(CascadeGate(layers, probes, dict.fromkeys(probes, 0.0)), ZeroStandIn()),
+    }
+
+
+def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> list[dict]:
+    layers = loaded.decoder.num_layers
+    dense = make_plan("never", loaded.decoder)
+    plain = GraphEngine(loaded, dense, batch=batch, max_length=PLACES)
+    forced = GraphEngine(loaded, dense, batch=batch, max_length=PLACES, forced=True)
+    rest, mlps = weight_bytes(loaded)
+    keys = sum(2 * k[0, :, 0].numel() * k.element_size() * batch * (context + 1) for k, _ in plain.cache.layers)
+    cases = [Case("ungated", plain, None, context)]
+    for share in (0, 25, 50, 100):
+        # Spread evenly: every fourth, every second layer.
+        flags = [0 if (i + 1) * share // 100 > i * share // 100 else 1 for i in range(layers)]
+        cases.append(Case(f"{share} % of MLPs off", forced, flags, context))
+    engines = {
+        name: GraphEngine(loaded, plan, batch=batch, max_length=PLACES) for name, plan in deciding(loaded).items()
+    }
+    cases += [Case(name, engine, None, context) for name, engine in engines.items()]
+    for case in cases:
+        case.prepare()
+    for _ in range(rounds):
+        for case in cases:
+            case.time()
+    lines = []
+    for case in cases:
+        read = rest + keys + sum(size for i, size in enumerate(mlps) if case.flags is None or case.flags[i])
+        floor = read / bandwidth * 1e3
+        lines.append(
+            {
+                "batch": batch, "case": case.name, "path": case.engine.path, "step_ms": case.ms, "floor_ms": floor,
+                "over_floor": case.ms / floor, "against_ungated": case.ms / cases[0].ms, "samples_ms": case.samples,
+                "tokens_per_s": batch / case.ms * 1e3,
+            }
+        )  # fmt: skip
+        spread = f"{min(case.samples):.3f}..{max(case.samples):.3f}"
+        print(
+            f"  batch {batch:3} {case.name:32} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
+            f"{cases[0].ms / case.ms:5.2f}x ungated",
+            flush=True,
+        )
+    return lines
+
+
+def eager_note(loaded, context: int) -> float:
+    """Milliseconds per token of `model.generate`, eager: a side note, not a baseline."""
+    ids = torch.randint(10, 1000, (1, context), device="cuda")
+    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    loaded.model.generate(ids, max_new_tokens=4, **arguments)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    loaded.model.generate(ids, max_new_tokens=32, **arguments)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / 32 * 1e3
+
+
+def trace(loaded, folder: Path) -> dict:
+    """What the host does while three bursts run, by the profiler: launches of graphs, and anything that waits."""
+    plan = deciding(loaded)["learned gate deciding, all on"]
+    case = Case("traced", GraphEngine(loaded, plan, batch=1, max_length=PLACES), None, 64)
+    case.prepare()
+    case.time()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            case.replay()
+        torch.cuda.synchronize()
+    calls: dict[str, int] = {}
+    for event in profiler.events():
+        if event.name.startswith("cuda") or event.name.startswith("cu"):
+            calls[event.name] = calls.get(event.name, 0) + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / "engine_trace.json"))
+    return calls
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_engine.json")
+    parser.add_argument("--shape", default="qwen2.5-7b")
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--trace", type=Path)
+    chosen = parser.parse_args()
+    torch.set_grad_enabled(False)
+    began = time.monotonic()
+    bandwidth = read_bandwidth()
+    loaded = shaped_model(chosen.shape, "cuda")
+    print(
+        f"{chosen.shape}, RANDOM weights, bf16; reading {bandwidth / 1e12:.2f} TB/s; {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    facts = {
+        "what": f"shape of {chosen.shape}, random weights: speed only", "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__, "read_bytes_per_s": bandwidth, "context": chosen.context, "command": " ".join(sys.argv),
+        "cases": [],
+    }  # fmt: skip
+    for batch in map(int, chosen.batch.split(",")):
+        facts["cases"] += measure(loaded, batch, chosen.rounds, bandwidth, chosen.context)
+        torch.cuda.empty_cache()
+    facts["eager_generate_ms_per_token"] = eager_note(loaded, chosen.context)
+    print(f"  side note: eager model.generate {facts['eager_generate_ms_per_token']:.1f} ms per token")
+    if chosen.trace:
+        facts["host_calls_in_3_bursts"] = trace(loaded, chosen.trace)
+        print(f"  host calls while 3 bursts ran: {facts['host_calls_in_3_bursts']}")
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
+    chosen.out.write_text(json.dumps(facts, indent=1))
+    print(f"raw samples in {chosen.out}; {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

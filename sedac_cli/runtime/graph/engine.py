@@ -1,0 +1,423 @@
+"""The graph engine: the prompt in one pass, then decode steps as CUDA graphs, gates decided on the device, tokens fed back there.
+
+One graph holds `burst` steps, so the host calls once for several tokens and never waits within a step: results of one burst
+are read while the next one runs. A model of standard layers runs through the decode kernels once its logits have been
+measured to be the model's own; any other through its own code, and `notes` says why.
+
+    engine = GraphEngine(loaded, plan, batch=1, max_length=2048)
+    result = engine.generate(["The sea was"], GenerateOptions(max_new_tokens=64))
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_cli.errors import InputError, SedacError
+from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, end_tokens
+from sedac_cli.runtime.graph.describe import describe
+from sedac_cli.runtime.graph.fused import FusedStep
+from sedac_cli.runtime.graph.generic import GenericStep
+from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
+from sedac_cli.runtime.graph.sampling import Chooser, chooser_key, make_chooser
+from sedac_cli.runtime.graph.standard import NotStandardError, standard_model
+from sedac_cli.runtime.graph.state import KVCache, State, cache_layers
+from sedac_cli.runtime.plan import Plan
+from sedac_cli.runtime.skip import Pass, skipping
+from sedac_cli.standins import ZeroStandIn
+
+BURST = 8
+AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+"""How far fused logits may be from the model's own, as a share of their norm."""
+
+
+@dataclass
+class Burst:
+    """Recorded by the steps of one graph."""
+
+    tokens: Tensor
+    needs: Tensor
+    entropy: Tensor
+    finished: Tensor
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, layers: int, device: torch.device | str, pinned: bool = False) -> Burst:
+        def make(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        return cls(
+            make(steps, rows, dtype=torch.long), make(steps, layers, dtype=torch.int32), make(steps, rows, dtype=torch.float32),
+            make(rows, dtype=torch.bool),
+        )  # fmt: skip
+
+    def copy_(self, other: Burst) -> None:
+        for to, source in zip(vars(self).values(), vars(other).values(), strict=True):
+            to.copy_(source, non_blocking=True)
+
+
+@dataclass
+class Run:
+    """What a call of `run` made. tokens [steps, rows]; ran [steps, layers]: whether the MLP ran in that step; the first
+    token is the prompt pass's, and has no step."""
+
+    first: Tensor
+    tokens: Tensor
+    ran: Tensor
+    entropy: Tensor
+    prompt: Pass | None
+    prefill_seconds: float
+    decode_seconds: float
+    replays: int
+    steps: int = field(default=0)
+
+
+class GraphEngine:
+    """For one batch size, one cache length and one gate. `capture=False` runs the same steps one by one, on any device."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        plan: Plan,
+        *,
+        batch: int = 1,
+        max_length: int = 2048,
+        burst: int = BURST,
+        capture: bool = True,
+        forced: bool = False,
+        fused: bool | None = None,
+    ):
+        """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out."""
+        if capture:
+            require_graphs(loaded)
+        if batch < 1 or max_length < 2:
+            raise InputError(f"a graph engine for {batch} sequences of {max_length} tokens")
+        self.loaded, self.plan, self.batch, self.burst, self.capture = loaded, plan, batch, burst, capture
+        self.max_length, self.forced = max_length, forced
+        self.device = loaded.device
+        self.notes: list[str] = []
+        self.state = State.empty(batch, self.device)
+        with memory_said(batch, max_length):
+            self.cache = KVCache(loaded, batch, max_length + burst)
+        layers = loaded.decoder.num_layers
+        self.program: Program = (
+            ForcedProgram(layers, batch, self.device) if forced else make_program(plan.gate, batch, self.device)
+        )
+        self.step = self._make_step(fused)
+        self.graphs: dict[tuple[Any, int], tuple[Any, Burst]] = {}
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def _make_step(self, fused: bool | None) -> FusedStep | GenericStep:
+        loaded, reason = self.loaded, "asked for"
+        if fused is not False:
+            try:
+                standard = standard_model(loaded.decoder)
+                if loaded.model.dtype == torch.float32 and self.device.type == "cuda":
+                    raise NotStandardError("the decode kernels read float16 and bfloat16 weights")
+                apart = self._apart(
+                    lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program)
+                )
+                if not apart <= AGREE[loaded.model.dtype]:
+                    raise NotStandardError(
+                        f"its layers look standard, but the kernels' logits are off by {apart:.2g} of their norm"
+                    )
+                self.path = "fused"
+                return FusedStep(loaded.decoder, standard, self.plan.standin, self.cache, self.program)
+            except NotStandardError as error:
+                reason = str(error)
+                if fused:
+                    raise InputError(f"{type(loaded.model).__name__} cannot run fused: {reason}") from None
+        self.path = "generic"
+        self.notes.append(f"steps run through the model's own code: {reason}")
+        name = type(loaded.model).__name__
+        try:
+            apart = self._apart(lambda program: GenericStep(loaded, ZeroStandIn(), self.cache, program))
+        except SedacError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{name} cannot take one token over a cache of fixed size: {error}", hint="--engine eager"
+            ) from error
+        if not apart <= AGREE[loaded.model.dtype]:
+            raise InputError(
+                f"{name} over a cache of fixed size is off by {apart:.2g} of its logits' norm: it counts or masks positions in "
+                "a way of its own",
+                hint="--engine eager",
+            )
+        return GenericStep(loaded, self.plan.standin, self.cache, self.program)
+
+    @torch.inference_mode()
+    def _apart(self, make: Callable[[Program], Callable[[State], Tensor]]) -> float:
+        """How far one step's logits are from the model's own forward pass, on a few tokens, as a share of their norm."""
+        loaded, length = self.loaded, 6
+        ids = torch.randint(0, loaded.decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(
+            self.device
+        )
+        own = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float()
+        step = make(Program(loaded.decoder.num_layers, self.batch, self.device))
+        _, prompt, _ = self._prompt(ids[:, :-1], torch.ones_like(ids[:, :-1]), gated=False)
+        self._load(ids[:, :-1], torch.ones_like(ids[:, :-1]), prompt, ids[:, -1])
+        found = step(self.state)[0].float()
+        return float((found - own).norm() / own.norm())
+
+    @torch.inference_mode()
+    def _one_step(self, choose: Chooser, ends: Tensor, pad: int, into: Burst, index: int) -> None:
+        state = self.state
+        logits = self.step(state)
+        token, entropy = choose(logits, self.ops)
+        token = torch.where(state.finished, pad, token)
+        if ends.numel():
+            state.finished.logical_or_((token.unsqueeze(1) == ends).any(dim=1))
+        state.tokens.copy_(token)
+        state.position.add_(1)
+        state.slot.add_(1)
+        into.tokens[index].copy_(token)
+        into.entropy[index].copy_(entropy)
+        into.needs[index].copy_(self.program.needs)
+        into.finished.copy_(state.finished)
+
+    @property
+    def ops(self) -> Any:
+        if isinstance(self.step, FusedStep):
+            return self.step.ops
+        from sedac_cli.runtime.graph.ops import KernelOps, TwinOps
+
+        return KernelOps() if self.device.type == "cuda" else TwinOps()
+
+    def _graph(
+        self, options: GenerateOptions, ends: tuple[int, ...], pad: int, steps: int
+    ) -> tuple[Callable[[], None], Burst]:
+        key = ((chooser_key(options), ends), steps)
+        if key in self.graphs:
+            return self.graphs[key]
+        choose, stop = make_chooser(options), torch.tensor(ends, dtype=torch.long, device=self.device)
+        into = Burst.empty(steps, self.batch, self.loaded.decoder.num_layers, self.device)
+
+        def work() -> None:
+            for index in range(steps):
+                self._one_step(choose, stop, pad, into, index)
+
+        replay: Callable[[], None] = work
+        if self.capture:
+            # What a capture runs on must not be what a user's sequence lives in: state and cache are loaded afterwards.
+            self.state.reset()
+            replay = captured(
+                lambda: self._one_step(choose, stop, pad, into, 0), work, type(self.loaded.model).__name__
+            )
+        self.graphs[key] = (replay, into)
+        return self.graphs[key]
+
+    # A whole call -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _prompt(
+        self, ids: Tensor, mask: Tensor, gated: bool = True
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Pass | None]:
+        """(logits of the last tokens, keys and values per layer, what was skipped)."""
+        from transformers import DynamicCache
+
+        loaded = self.loaded
+        cache = DynamicCache(config=loaded.model.config)
+        given = {
+            "input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True,
+            "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0), "logits_to_keep": 1,
+        }  # fmt: skip
+        arguments = {name: value for name, value in given.items() if takes(loaded.model, name)}
+        seen: Pass | None = None
+        if gated and not self.forced:
+            with skipping(
+                loaded.model, self.plan.gate, self.plan.standin, decoder=loaded.decoder, keep_passes=True, prefill=True
+            ) as run:
+                output = loaded.model(**arguments)
+            seen = run.passes[0]
+        else:
+            output = loaded.model(**arguments)
+        return output.logits[:, -1], cache_layers(loaded, cache), seen
+
+    def _load(self, ids: Tensor, mask: Tensor, prompt: list[tuple[Tensor, Tensor]], first: Tensor) -> None:
+        rows, width = ids.shape
+        state = self.state
+        state.reset()
+        self.cache.load(prompt, width)
+        state.slot.fill_(width)
+        state.finished[rows:] = True
+        state.position[:rows] = mask.sum(dim=1)
+        state.first[:rows] = width - mask.sum(dim=1)
+        state.tokens[:rows] = first
+
+    @torch.inference_mode()
+    def run(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        options: GenerateOptions,
+        ends: tuple[int, ...] = (),
+        pad: int = 0,
+        on_tokens: Callable[[Tensor], bool | None] | None = None,
+    ) -> Run:
+        """Token ids [rows, width] padded on the left, and their mask. `on_tokens` gets [steps, rows] as they come, and may
+        return True to stop."""
+        rows, width = ids.shape
+        if rows > self.batch:
+            raise InputError(f"{rows} prompts at once: this engine was made for {self.batch}")
+        if width + options.max_new_tokens > self.max_length:
+            raise InputError(
+                f"a prompt of {width} tokens and {options.max_new_tokens} new ones exceed the {self.max_length} places of the "
+                "engine's cache",
+                hint=f"--max-length {width + options.max_new_tokens} or fewer new tokens",
+            )
+        steps = options.max_new_tokens - 1
+        sizes = [size for size in (self.burst, 1) if steps >= size]
+        graphs = {size: self._graph(options, ends, pad, size) for size in sizes}
+        torch.manual_seed(options.seed)
+        self._sync()
+        began = time.perf_counter()
+        logits, prompt, seen = self._prompt(ids, mask)
+        token, _ = make_chooser(options)(logits, _plain_ops(logits))
+        self._load(ids, mask, prompt, token)
+        if ends:
+            state_ends = torch.tensor(ends, device=self.device)
+            self.state.finished[:rows] = (token.unsqueeze(1) == state_ends).any(dim=1)
+        if on_tokens is not None:
+            on_tokens(token.unsqueeze(0).cpu())
+        self._sync()
+        middle = time.perf_counter()
+        parts = list(self._bursts(graphs, steps, rows, on_tokens)) if steps > 0 else []
+        self._sync()
+        layers = self.loaded.decoder.num_layers
+        needs = torch.cat([p.needs for p in parts]) if parts else torch.zeros(0, layers, dtype=torch.int32)
+        return Run(
+            first=token.cpu(),
+            tokens=torch.cat([p.tokens for p in parts])[:, :rows] if parts else torch.zeros(0, rows, dtype=torch.long),
+            ran=self.program.ran(needs),
+            entropy=torch.cat([p.entropy for p in parts])[:, :rows] if parts else torch.zeros(0, rows),
+            prompt=seen,
+            prefill_seconds=middle - began,
+            decode_seconds=time.perf_counter() - middle,
+            replays=len(parts),
+            steps=needs.shape[0],
+        )
+
+    def _bursts(
+        self, graphs: dict[int, tuple[Callable[[], None], Burst]], steps: int, rows: int,
+        on_tokens: Callable[[Tensor], bool | None] | None,
+    ) -> Iterator[Burst]:  # fmt: skip
+        """One burst runs ahead of the one that is read."""
+        waiting: list[tuple[Burst, Any]] = []
+        left, stop = steps, False
+        while (left > 0 and not stop) or waiting:
+            if left > 0 and not stop:
+                size = max(s for s in graphs if s <= left)
+                replay, into = graphs[size]
+                replay()
+                kept = Burst.empty(size, self.batch, self.loaded.decoder.num_layers, "cpu", self.device.type == "cuda")
+                kept.copy_(into)
+                waiting.append((kept, self._mark()))
+                left -= size
+                if len(waiting) < 2 and left > 0:
+                    continue
+            done, event = waiting.pop(0)
+            if event is not None:
+                event.synchronize()
+            yield done
+            stop = stop or bool(done.finished[:rows].all())
+            if on_tokens is not None and on_tokens(done.tokens[:, :rows]):
+                stop = True
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def generate(
+        self, prompts: list[str], options: GenerateOptions, on_tokens: Callable[[Tensor], bool | None] | None = None
+    ) -> Generated:
+        """As `runtime.generate.generate` does it. In a batch, a row that would skip gets the MLP that another row needs."""
+        inputs = encode_prompts(self.loaded, prompts, options)
+        ends = () if options.ignore_eos else tuple(end_tokens(self.loaded))
+        done = self.run(
+            inputs["input_ids"], inputs["attention_mask"], options, ends, self.loaded.tokenizer.pad_token_id, on_tokens
+        )
+        return describe(self.loaded, done, inputs["attention_mask"], set(ends))
+
+
+def _plain_ops(logits: Tensor) -> Any:
+    from sedac_cli.runtime.graph.ops import TwinOps
+
+    return TwinOps()
+
+
+def takes(model: Any, name: str) -> bool:
+    """Whether the model's forward has such an argument."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> Callable[[], None]:
+    """`work` as a CUDA graph, after two rounds of `once` that let every library set itself up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                once()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            work()
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(
+            f"out of GPU memory while a decode step was captured: {error}", hint="--max-length, --batch"
+        ) from None
+    except SedacError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
+            hint="--engine eager runs any model",
+        ) from error
+    return graph.replay
+
+
+class memory_said:  # noqa: N801 - used as a with statement
+    """A cache that does not fit is said in its own terms."""
+
+    def __init__(self, batch: int, max_length: int):
+        self.batch, self.max_length = batch, max_length
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise InputError(
+                f"no GPU memory for a cache of {self.batch} x {self.max_length} tokens",
+                hint="a smaller --max-length or --batch",
+            ) from None
+
+
+def require_graphs(loaded: LoadedModel) -> None:
+    """A GPU, CuPy of its CUDA, and a driver with conditional nodes; otherwise what is missing."""
+    from sedac_cli.gpu.compile import require_conditional_nodes
+
+    if loaded.device.type != "cuda":
+        raise InputError(
+            f"the graph engine needs a CUDA GPU; this model is on {loaded.device}", hint="--engine eager runs anywhere"
+        )
+    try:
+        require_conditional_nodes()
+    except RuntimeError as error:
+        raise InputError(str(error), hint="--engine eager needs none of this") from None

@@ -1,0 +1,137 @@
+"""A decode step of a standard model, by the decode kernels: eight launches a layer, and what a gate closes ends at once.
+
+A launch that hangs on a flag and is not needed leaves the residual stream alone, which is what a skipped MLP is. Where more
+rows make cuBLAS the faster way, MLP and stand-in are the two branches of a conditional node instead.
+
+    step = FusedStep(loaded.decoder, standard, plan.standin, cache, program)
+    logits = step(state)                        # [rows, vocabulary]
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_cli.errors import InputError
+from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
+from sedac_cli.runtime.graph.ops import make_ops
+from sedac_cli.runtime.graph.programs import Program
+from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
+from sedac_cli.runtime.graph.state import KVCache, State
+from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+from sedac_cli.structure import Decoder
+
+
+class FusedStep:
+    def __init__(self, decoder: Decoder, standard: Standard, standin: StandIn, cache: KVCache, program: Program):
+        self.decoder, self.standard, self.cache, self.program = decoder, standard, cache, program
+        rows = program.rows
+        if rows > MAX_SKINNY_ROWS:
+            raise InputError(f"{rows} sequences at once: the graph engine takes up to {MAX_SKINNY_ROWS}")
+        dtype = decoder.model.get_input_embeddings().weight.dtype
+        self.ops = make_ops(rows, dtype, decoder.device)
+        self.embedding = decoder.model.get_input_embeddings()
+        self.standins = standin_linears(standin, dtype, decoder.device)
+        head = decoder.model.get_output_embeddings()
+        self.head = Linear([head.weight], [head.bias]) if type(head) is torch.nn.Linear else None
+        self.nodes: Any = None
+        if not self.ops.stops and any(source >= 0 for source in program.source):
+            from sedac_cli.gpu.conditional import ConditionalGraph
+
+            self.nodes = ConditionalGraph(decoder.device)
+            x = torch.zeros(rows, decoder.hidden_size, dtype=dtype, device=decoder.device)
+            first = standard.layers[0]
+            self.nodes.warm(
+                lambda: (self.run(first, x, x.clone()), self.instead(next(iter(self.standins), -1), x, x.clone()))
+            )
+
+    def __call__(self, state: State) -> Tensor:
+        ops, program = self.ops, self.program
+        h = self.embedding(state.tokens)
+        position = state.position.unsqueeze(1)
+        cos, sin = (
+            table.reshape(h.shape[0], -1).to(h.dtype) for table in self.standard.rotary(h.unsqueeze(1), position)
+        )
+        program.begin(state.position, ~state.finished)
+        for index, layer in enumerate(self.standard.layers):
+            program.enter(index, h)
+            qkv = ops.linear(ops.norm(h, layer.norm), layer.qkv)
+            keys, values = self.cache.layers[index]
+            ops.rotate(qkv, layer.heads, cos, sin, keys, values, state.slot, layer.head_norms)
+            attended = ops.attend(qkv, layer.heads, keys, values, state.slot, state.first)
+            h = ops.linear(attended, layer.out, residual=h, out=h)
+            x, need, settled = program.before_mlp(index, h, layer.mlp_norm, ops)
+            self.mlp(index, layer, x, h, need, settled)
+        x = ops.norm(h, self.standard.norm)
+        if self.head is None:
+            return self.decoder.head(x)
+        return self.decoder._shape_logits(ops.linear(x, self.head), self.decoder.logit_scale)
+
+    def mlp(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None, settled: bool) -> None:
+        """h += MLP(x), or the stand-in, in place."""
+        scale = self.program.scale(index)
+        if scale is not None and need is not None:
+            self.blend(index, layer, x, h, need, scale)
+        elif need is None:
+            self.run(layer, x, h)
+        elif self.ops.stops:
+            self.run(layer, x, h, need, settled)
+            self.instead(index, x, h, need, settled)
+        else:
+            conditions = self.nodes.conditions(1, either=index in self.standins)
+            conditions.set(need)
+            if index not in self.standins:
+                with conditions.body(0):
+                    self.run(layer, x, h)
+                return
+            run, otherwise = conditions.branches(0)
+            with run:
+                self.run(layer, x, h)
+            with otherwise:
+                self.instead(index, x, h)
+
+    def run(self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, settled: bool = False) -> None:
+        z = self.ops.gated(x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=settled)
+        self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
+
+    def instead(self, index: int, x: Tensor, h: Tensor, need: Tensor | None = None, settled: bool = False) -> None:
+        if index not in self.standins:
+            return
+        inward, outward = self.standins[index]
+        # Two launches lie between the flag and these: it stands, whatever it was for the MLP.
+        z = self.ops.linear(x, inward, activation="silu", need=need, when=False, settled=True)
+        self.ops.linear(z, outward, residual=h, out=h, need=need, when=False, settled=True)
+
+    def blend(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor, scale: Tensor) -> None:
+        """h += scale * MLP(x) + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
+        y = torch.zeros_like(h)
+        if self.ops.stops:
+            self.run(layer, x, y, need)
+        else:
+            conditions = self.nodes.conditions(1)
+            conditions.set(need)
+            with conditions.body(0):
+                self.run(layer, x, y)
+        weight = scale.unsqueeze(1).to(h.dtype)
+        other = torch.zeros_like(h)
+        self.instead(index, x, other)
+        h.add_(weight * y + (1 - weight) * other)
+
+
+def standin_linears(standin: StandIn, dtype: torch.dtype, device: torch.device) -> dict[int, tuple[Linear, Linear]]:
+    """Each trained stand-in as two linear maps, its rank filled up with zeros to what the kernels take."""
+    if isinstance(standin, ZeroStandIn):
+        return {}
+    if not isinstance(standin, LowRankStandIns):
+        raise InputError(f"the graph engine cannot run stand-ins of kind {type(standin).__name__}")
+
+    def pair(module: LowRank) -> tuple[Linear, Linear]:
+        pad = -module.rank % 8
+        a = torch.nn.functional.pad(module.a.detach(), (0, 0, 0, pad)).to(device, dtype).contiguous()
+        b = torch.nn.functional.pad(module.b.detach(), (0, pad)).to(device, dtype).contiguous()
+        return Linear([a], [None]), Linear([b], [module.bias.detach().to(device, dtype)])
+
+    return {layer: pair(module) for layer, module in standin.by_layer.items()}

@@ -1,0 +1,165 @@
+"""The operations of a decode step: kernels on a GPU, their plain-torch twins elsewhere.
+
+`few`: rows that the skinny kernels read weights faster for than cuBLAS does (measured on an H200: up to 8). More rows go
+through cuBLAS; a gate then needs conditional nodes, where the kernels just end at once.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sedac_cli.gpu import decode, decode_reference, reference, skinny
+from sedac_cli.gpu.decode import Heads
+from sedac_cli.gpu.entropy import fused_entropy
+from sedac_cli.gpu.reference import Entropy
+from sedac_cli.runtime.graph.standard import Linear, Norm
+
+FEW = 8
+
+
+class Ops(Protocol):
+    """`need`, `when`: the work is done iff (need != 0) == when; only where `stops` says that launches can be stopped."""
+
+    stops: bool
+
+    def linear(
+        self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
+        need: Tensor | None = None, when: bool = True, settled: bool = False,
+    ) -> Tensor: ...  # fmt: skip
+
+    def gated(
+        self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
+        need: Tensor | None = None, settled: bool = False,
+    ) -> Tensor: ...  # fmt: skip
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
+
+    def rotate(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+        norms: tuple[Norm, Norm] | None,
+    ) -> None: ...  # fmt: skip
+
+    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor: ...
+
+    def entropy(self, logits: Tensor) -> Entropy: ...
+
+
+def make_ops(rows: int, dtype: torch.dtype, device: torch.device) -> Ops:
+    if device.type == "cpu":
+        return TwinOps()
+    if rows <= FEW and dtype in (torch.float16, torch.bfloat16):
+        return KernelOps()
+    return WideOps()
+
+
+class KernelOps:
+    """Everything by the decode kernels."""
+
+    stops = True
+
+    def __init__(self) -> None:
+        self.scratch: dict[tuple[int, int], Tensor] = {}
+
+    def linear(
+        self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
+        need: Tensor | None = None, when: bool = True, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return skinny.skinny_linear(
+            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when,
+            settled=settled,
+        )  # fmt: skip
+
+    def gated(
+        self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
+        need: Tensor | None = None, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
+
+    def rotate(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+        norms: tuple[Norm, Norm] | None,
+    ) -> None:  # fmt: skip
+        weights = None if norms is None else (norms[0].weight, norms[1].weight)
+        decode.rotate_and_store(
+            qkv, heads, cos, sin, keys, values, slot, weights, 0.0 if norms is None else norms[0].eps
+        )
+
+    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor:
+        key = (heads.group * heads.key, heads.size)
+        if key not in self.scratch:
+            self.scratch[key] = decode.attend_scratch(q.shape[0], heads, keys.shape[2], q.dtype, q.device)
+        return decode.attend(q, heads, keys, values, slot, first, self.scratch[key])
+
+    def entropy(self, logits: Tensor) -> Entropy:
+        return fused_entropy(logits)
+
+
+class WideOps(KernelOps):
+    """Matrices by cuBLAS, the rest by the decode kernels."""
+
+    stops = False
+
+    def linear(
+        self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
+        need: Tensor | None = None, when: bool = True, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert need is None
+        parts = [functional.linear(x, w, b) for w, b in zip(linear.weights, linear.biases, strict=True)]
+        y = decode_reference.activate(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), activation)
+        if residual is not None:
+            return torch.add(residual, y, out=out) if out is not None else residual + y
+        return y if out is None else out.copy_(y)
+
+    def gated(
+        self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
+        need: Tensor | None = None, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert need is None
+        first, second = biases or (None, None)
+        return decode_reference.activate(functional.linear(x, gate, first), activation) * functional.linear(
+            x, up, second
+        )
+
+
+class TwinOps:
+    """The same on a CPU; a launch that is not needed is a branch not taken."""
+
+    stops = True
+
+    def linear(
+        self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
+        need: Tensor | None = None, when: bool = True, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return decode_reference.skinny_linear(
+            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when
+        )
+
+    def gated(
+        self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
+        need: Tensor | None = None, settled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need)
+
+    def norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return decode_reference.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
+
+    def rotate(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+        norms: tuple[Norm, Norm] | None,
+    ) -> None:  # fmt: skip
+        weights = None if norms is None else (norms[0].weight, norms[1].weight)
+        eps = 0.0 if norms is None else norms[0].eps
+        decode_reference.rotate_and_store(qkv, heads, cos, sin, keys, values, slot, weights, eps)
+
+    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor:
+        return decode_reference.attend(q, heads, keys, values, slot, first)
+
+    def entropy(self, logits: Tensor) -> Entropy:
+        return reference.fused_entropy(logits)

@@ -1,0 +1,83 @@
+"""What a decode step reads and writes on the device: the last tokens, where they stand, and the cache.
+
+Every sequence of a batch ends at the same place of the cache (prompts are padded on the left), so one number, `slot`, says
+where the next key goes; `first` says where each sequence begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sedac_cli.errors import InputError
+from sedac_cli.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class State:
+    """tokens, position, first, finished: [rows]; slot: [1]."""
+
+    tokens: Tensor
+    position: Tensor
+    first: Tensor
+    finished: Tensor
+    slot: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> State:
+        def zeros(size: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        return cls(zeros(rows), zeros(rows), zeros(rows), zeros(rows, torch.bool), zeros(1))
+
+    def reset(self) -> None:
+        for tensor in (self.tokens, self.position, self.first, self.finished, self.slot):
+            tensor.zero_()
+
+
+class KVCache:
+    """Keys and values of every layer: [rows, heads, places, size]."""
+
+    def __init__(self, loaded: LoadedModel, rows: int, places: int):
+        self.rows, self.places = rows, places
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        probe = prompt_cache(loaded, torch.zeros(1, 2, dtype=torch.long, device=loaded.device))
+        for key, value in probe:
+            self.layers.append(
+                tuple(x.new_zeros(rows, x.shape[1], places, x.shape[3]) for x in (key, value))  # type: ignore[arg-type]
+            )
+
+    def load(self, prompt: list[tuple[Tensor, Tensor]], width: int) -> None:
+        """What the prompt pass left; a layer with a window may have kept only its end."""
+        for (keys, values), (key, value) in zip(self.layers, prompt, strict=True):
+            for to, source in ((keys, key), (values, value)):
+                kept = source.shape[2]
+                to[: source.shape[0], :, width - kept : width].copy_(source)
+
+
+@torch.inference_mode()
+def prompt_cache(loaded: LoadedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=loaded.model.config)
+    loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache_layers(loaded, cache)
+
+
+def cache_layers(loaded: LoadedModel, cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer, or an error for a model that remembers in another way."""
+    layers = getattr(cache, "layers", [])
+    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    good = len(found) == loaded.decoder.num_layers and all(
+        isinstance(k, Tensor) and isinstance(v, Tensor) and k.dim() == 4 and k.shape[:3] == v.shape[:3]
+        for k, v in found
+    )
+    if not good:
+        raise InputError(
+            f"{type(loaded.model).__name__} keeps no keys and values per layer: the graph engine cannot serve it",
+            hint="--engine eager",
+        )
+    return found  # type: ignore[return-value]
