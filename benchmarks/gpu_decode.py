@@ -91,7 +91,7 @@ def glue(bench: Bench, rows: int, places: int) -> None:
     cos = torch.ones(rows, HEADS.rotary, dtype=torch.bfloat16, device="cuda")
     slot = torch.tensor([places - 1], device="cuda")
     first = torch.zeros(rows, dtype=torch.long, device="cuda")
-    scratch = attend_scratch(rows, HEADS, places, qkv[0].dtype, slot.device)
+    scratch = attend_scratch(rows, HEADS, slot.device)
     works = each(
         lambda x, k, v: rotate_and_store(x, HEADS, cos, cos, k, v, slot), qkv[:count], keys[:count], values[:count]
     )
@@ -126,7 +126,7 @@ def chain(bench: Bench, rows: int, places: int) -> None:
         flags = {"on": torch.ones(1, dtype=torch.int32), "off": torch.zeros(1, dtype=torch.int32)}
         routers = [RouterWeights.pack(router_of(HIDDEN, 16, "cuda"), "cuda") for _ in range(layers)]
         needs = torch.zeros(layers, dtype=torch.int32)
-    scratch = attend_scratch(rows, HEADS, places, h.dtype, h.device)
+    scratch = attend_scratch(rows, HEADS, h.device)
     scratch2 = norm_route_scratch(rows, HIDDEN, h.device)
 
     def step(flag: torch.Tensor | None, routed: bool) -> None:

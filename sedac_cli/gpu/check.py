@@ -53,7 +53,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "decode", {"T": t, "ENTRY": 2}
         for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
             heads = Heads(group, 1, size, size, 1.0)
-            yield "decode", attend_constants(t, 2 if t else 4, heads, 4096)
+            yield "decode", attend_constants(t, 2 if t else 4, heads, 1, 4096, 132)
     for t, units in product(range(3), (8, 24, 72)):
         yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units}
         yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}

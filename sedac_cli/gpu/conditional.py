@@ -21,6 +21,7 @@ must get its node: a condition nobody uses makes the graph fail to instantiate.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import TracebackType
@@ -96,6 +97,18 @@ class _Runtime:
         self.check(self.rt.cudaStreamEndCapture(stream), "cudaStreamEndCapture")
 
 
+@functools.cache
+def own_streams(index: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Two streams of the device that nobody else has: torch deals its own from a ring of 32, so the 33rd asked for may be the
+    one that is just being captured."""
+    with torch.cuda.device(index):
+        torch.cuda.current_stream().synchronize()  # the context exists
+        runtime = _Runtime()
+        made = [runtime.check(runtime.rt.cudaStreamCreateWithFlags(1), "cudaStreamCreateWithFlags") for _ in range(2)]
+        first, second = (torch.cuda.ExternalStream(int(stream), device=index) for (stream,) in made)
+        return first, second
+
+
 class ConditionalGraph:
     """What conditional nodes need around a capture: the kernel, a stream and a pool for bodies, and what must stay alive."""
 
@@ -110,9 +123,8 @@ class ConditionalGraph:
             native_else = min(int(built), cupy.cuda.runtime.driverGetVersion()) >= 12080
         self.native_else = native_else
         compiled("conditional", "set_conditions", tuple(_CONSTANTS.items()), self.index, 0)
+        self.stream, self.upload = own_streams(self.index)
         with torch.cuda.device(self.index):
-            self.stream = torch.cuda.Stream()
-            self.upload = torch.cuda.Stream()
             self.pool = torch.cuda.MemPool()
         self.none = Conditions(self, [], False, torch.zeros(1, dtype=torch.int64, device=self.device))
         """Conditions without a node: pass as `arm=` to compile that form of a kernel before capturing."""

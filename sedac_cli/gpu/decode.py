@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.compile import F32, I32, I64, counters, kind, launch
+from sedac_cli.gpu.compile import F32, I32, I64, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.probe import MAX_UNITS, Handles, RouterWeights
 from sedac_cli.gpu.tensors import MASK, Number, flat, number
 
@@ -98,26 +98,22 @@ def rotate_and_store(
     )  # fmt: skip
 
 
-def attend_constants(element: int, size: int, heads: Heads, places: int) -> dict[str, int]:
-    """`size`: bytes of an element. A block takes as many keys as leave room for three blocks a multiprocessor."""
-    keys = next(count for count, most in ((128, 256), (64, 512), (32, 1024)) if heads.size * size <= most)
-    chunks = max(1, 1 << (-(-places // keys) - 1).bit_length())
-    return {"T": element, "ENTRY": 3, "D": heads.size, "G": heads.group, "KEYS": keys, "MAX_CHUNKS": chunks}
+def attend_constants(element: int, size: int, heads: Heads, rows: int, places: int, processors: int) -> dict[str, int]:
+    """`size`: bytes of an element. As many shares as give every multiprocessor two blocks."""
+    keys = 32 if heads.size * size <= 512 else 16
+    splits = max(1, min(32, -(-places // keys), 2 * processors // (rows * heads.key)))
+    return {"T": element, "ENTRY": 3, "D": heads.size, "G": heads.group, "KEYS": keys, "SPLITS": splits}
 
 
 def attend_bytes(constants: dict[str, int], size: int) -> int:
-    """Shared memory: keys and values, later the teams' sums, later the chunks' weights."""
-    width, group = constants["D"], constants["G"]
-    teams = 256 // (width // 2)
-    return max(
-        2 * constants["KEYS"] * (width * size + 16), teams * group * width * 4, group * constants["MAX_CHUNKS"] * 4
-    )
+    """Shared memory: two tiles of keys and values, later the teams' sums."""
+    width = constants["D"]
+    return max(4 * constants["KEYS"] * (width * size + 16), 256 // (width // 2) * constants["G"] * width * 4)
 
 
-def attend_scratch(rows: int, heads: Heads, places: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def attend_scratch(rows: int, heads: Heads, device: torch.device) -> Tensor:
     """What blocks leave for the one that ends last; may be shared by all layers of a step."""
-    keys = attend_constants(0, dtype.itemsize, heads, places)["KEYS"]
-    return torch.empty(rows * heads.key * -(-places // keys) * heads.group * (heads.size + 2), device=device)
+    return torch.empty(rows * heads.key * 32 * heads.group * (heads.size + 2), device=device)
 
 
 def attend(
@@ -134,12 +130,12 @@ def attend(
     rows, places = q.shape[0], keys.shape[2]
     shape = (rows, heads.query * heads.size)
     out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
-    constants = attend_constants(kind(q, "q"), q.element_size(), heads, places)
-    chunks = -(-places // constants["KEYS"])
-    if scratch.numel() < rows * heads.key * chunks * heads.group * (heads.size + 2):
-        raise ValueError(f"scratch of {scratch.numel()} floats is too small for {rows} rows of {places} places")
+    processors = properties(device_index(q.device)).multi_processor_count
+    constants = attend_constants(kind(q, "q"), q.element_size(), heads, rows, places, processors)
+    if scratch.numel() < rows * heads.key * constants["SPLITS"] * heads.group * (heads.size + 2):
+        raise ValueError(f"scratch of {scratch.numel()} floats is too small for {rows} rows")
     launch(
-        "decode", "attend", constants, q.device, early=True, grid=(rows * heads.key, chunks), threads=256,
+        "decode", "attend", constants, q.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=256,
         shared=attend_bytes(constants, q.element_size()),
         args=[
             q, I64(q.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),

@@ -137,7 +137,7 @@ def test_attend(dtype, heads, slot):
     keys, values = (random(rows, heads.key, places, heads.size, dtype=dtype) for _ in range(2))
     at = torch.tensor([slot], device="cuda")
     first = torch.tensor([0, slot // 3, slot, slot // 2], device="cuda")
-    scratch = decode.attend_scratch(rows, heads, places, dtype, q.device)
+    scratch = decode.attend_scratch(rows, heads, q.device)
     scratch.fill_(float("nan"))
     found = decode.attend(q, heads, keys, values, at, first, scratch)
     expected = decode_reference.attend(q.float(), heads, keys.float(), values.float(), at, first)

@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured here"),
 ]
 SHAPE = {"hidden_size": 64, "max_position_embeddings": 256}
-PROMPTS = [words(5 + 7 * i, i) for i in range(12)]
+PROMPTS = [words(3 + 2 * i, i) for i in range(12)]
 OPTIONS = GenerateOptions(max_new_tokens=30, ignore_eos=True)
 
 

@@ -1,6 +1,6 @@
 // What a decode step does between its matrices: RMSNorm, rotary positions and the cache, attention over the cache.
 // Constants: T, ENTRY (1 norm, 2 rotate, 3 attend, 4 norm with router); `attend`: D (head size), G (query heads per key head),
-// KEYS, MAX_CHUNKS.
+// KEYS, SPLITS (both up to 32).
 
 typedef Elem<T>::raw raw;
 
@@ -91,44 +91,34 @@ extern "C" __global__ void rotate(
 #endif
 
 #if ENTRY == 3
-// Attention of one new token per row over the cache, which is read once. A block takes KEYS keys of one key head and all G
-// query heads that share it: keys and values are asked for at once and lie in shared memory (one wait for memory instead of
-// one per key); the block that ends last of a (row, key head) joins what the others left.
+// Attention of one new token per row over the cache, which is read once. The keys of a (row, key head) are shared out over up
+// to SPLITS blocks, each for all G query heads; a block goes through its share KEYS at a time, one tile ahead in shared memory.
+// Lane k of a warp scores key k for the warp's own heads, so maxima and sums stay within the warp. The block that ends last
+// joins what the others left.
 #define THREADS 256
+#define WARPS (THREADS / 32)
 #define SIZE (int)sizeof(raw)
 #define STRIDE (D * SIZE + 16)     // bytes between keys: 16 more, so that lanes with a key each meet no bank twice
-#define TAKERS (THREADS / KEYS)    // threads per key; each has every TAKERS-th query head
+#define MINE ((G + WARPS - 1) / WARPS)
 #define LANES (D / 2)              // threads that hold one value row, two elements each
 #define TEAMS (THREADS / LANES)    // runs of keys whose values are summed at the same time
 #define RUN ((KEYS / TEAMS + 3) / 4 * 4)
 #define LOG2E 1.4426950408889634f
 #define LOW (-__int_as_float(0x7f800000))
 
-__device__ __forceinline__ void join_chunks(
-    const float* all, int chunks, float (*weight)[MAX_CHUNKS], float* sums, raw* to) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int g = warp; g < G; g += THREADS / 32) {
-    float m = LOW, sum = 0.0f;
-    for (int c = lane; c < chunks; c += 32) m = fmaxf(m, __ldcg(all + ((i64)c * G + g) * (D + 2)));
+__device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int d = 16; d; d >>= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, d));
-    for (int c = lane; c < chunks; c += 32) {
-      const float* one = all + ((i64)c * G + g) * (D + 2);
-      const float w = exp2_fast((__ldcg(one) - m) * LOG2E);
-      weight[g][c] = w;
-      sum = fmaf(w, __ldcg(one + 1), sum);
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) sums[g] = sum;
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < G * D; i += THREADS) {
-    const int g = i / D;
-    const float* one = all + (i64)g * (D + 2) + 2 + i % D;
-    float y = 0.0f;
-#pragma unroll 8
-    for (int c = 0; c < chunks; ++c) y = fmaf(weight[g][c], __ldcg(one + (i64)c * G * (D + 2)), y);
-    to[i] = narrow<T>(y / sums[g]);
+  for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+__device__ __forceinline__ void two(const u8* at, float (&v)[2]) {
+  if constexpr (T == 0) {
+    const float2 q = *(const float2*)at;
+    v[0] = q.x, v[1] = q.y;
+  } else {
+    const u32 word = *(const u32*)at;
+    v[0] = widen<T>((raw)(word & 0xffffu)), v[1] = widen<T>((raw)(word >> 16));
   }
 }
 
@@ -136,122 +126,121 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     const raw* q, i64 q_stride, const raw* keys, const raw* values, i64 row_stride, i64 head_stride, int k_heads,
     const i64* slot, const i64* first, int window, float scale, float softcap, float* partial, u32* counter, raw* out,
     i64 out_stride) {
-  DYNAMIC_SHARED(dynamic);  // keys, then values: KEYS rows of STRIDE bytes each
+  DYNAMIC_SHARED(dynamic);  // two tiles, each of keys and values: KEYS rows of STRIDE bytes
   __shared__ __align__(16) float query[G][D];
-  __shared__ __align__(16) float p[G][KEYS];
-  __shared__ float top[G], total[G];
+  __shared__ __align__(16) float p[G][32];
+  __shared__ float fade[G], top[G], total[G], weight[G][SPLITS];
   __shared__ bool last;
   const int group = blockIdx.x, chunk = blockIdx.y, row = group / k_heads, head = group % k_heads;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int end = (int)*slot + 1;
   int begin = (int)first[row];
   if (window > 0) begin = max(begin, end - window);
-  const int chunks = (end - begin + KEYS - 1) / KEYS;
+  const int share = ((end - begin + SPLITS - 1) / SPLITS + KEYS - 1) / KEYS * KEYS;
+  const int chunks = (end - begin + share - 1) / share;
   if (chunk >= chunks) {
     settle();
     return;
   }
-  const int from = begin + chunk * KEYS, count = min(KEYS, end - from);
+  const int from = begin + chunk * share, count = min(share, end - from), tiles = (count + KEYS - 1) / KEYS;
   const i64 base = row * row_stride + (i64)head * head_stride + (i64)from * D;
   constexpr int N = Vec<T>::N, VECTORS = D / N;
   const u32 shared = shared_address(dynamic);
-  // All but the newest key and value were there before the step began: they are asked for while the launch ahead still runs.
-  auto ask = [&](int half, int begin_at, int end_at) {
-    const raw* source = (half ? values : keys) + base;
-    for (int i = begin_at * VECTORS + threadIdx.x; i < end_at * VECTORS; i += THREADS)
-      copy_async16(shared + (half * KEYS + i / VECTORS) * STRIDE + i % VECTORS * 16, source + (i64)i * N, 16);
+  // Keys [low, high) of this block's share, which lie in one tile.
+  auto ask = [&](int low, int high) {
+    const u32 to = shared + (low / KEYS & 1) * 2 * KEYS * STRIDE;
+    for (int i = low * VECTORS + threadIdx.x; i < high * VECTORS; i += THREADS) {
+      const u32 place = to + i / VECTORS % KEYS * STRIDE + i % VECTORS * 16;
+      copy_async16(place, keys + base + (i64)i * N, 16);
+      copy_async16(place + KEYS * STRIDE, values + base + (i64)i * N, 16);
+    }
   };
-  const int old = min(count, end - 1 - from);
-  ask(0, 0, old);
-  ask(1, 0, old);
+  // All but the newest key were there before the step began: they are asked for while the launch ahead still runs.
+  const int before = min(min(KEYS, count), end - 1 - from);
+  ask(0, before);
   settle();
   release();
-  ask(0, old, count);
-  ask(1, old, count);
+  ask(before, min(KEYS, count));
   copy_async_commit();
   for (int i = threadIdx.x; i < G * D; i += THREADS) query[i / D][i % D] = widen<T>(q[row * q_stride + (i64)head * G * D + i]) * scale;
-  copy_async_wait<0>();
-  __syncthreads();
-  const int key = threadIdx.x % KEYS, taker = threadIdx.x / KEYS;
-  constexpr int MINE = (G + TAKERS - 1) / TAKERS;
-  float dot[MINE] = {};
-  if (key < count) {
-    const uint4* k = (const uint4*)(dynamic + key * STRIDE);
-#pragma unroll 4
-    for (int i = 0; i < VECTORS; ++i) {
-      float v[N];
-      unpack<T>(k[i], v);
-#pragma unroll
-      for (int h = 0; h < MINE; ++h) {
-        const int g = min(h * TAKERS + taker, G - 1);
-#pragma unroll
-        for (int j = 0; j < N; j += 4) {
-          const float4 w = *(const float4*)&query[g][i * N + j];
-          dot[h] = fmaf(v[j], w.x, fmaf(v[j + 1], w.y, fmaf(v[j + 2], w.z, fmaf(v[j + 3], w.w, dot[h]))));
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int h = 0; h < MINE; ++h) {
-    const int g = h * TAKERS + taker;
-    float s = dot[h];
-    if (softcap > 0.0f) s = tanhf(s / softcap) * softcap;
-    if (g < G) p[g][key] = key < count ? s : LOW;
-  }
-  __syncthreads();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int g = warp; g < G; g += THREADS / 32) {
-    float s[KEYS / 32], m = LOW, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < KEYS / 32; ++i) s[i] = p[g][lane + 32 * i], m = fmaxf(m, s[i]);
-#pragma unroll
-    for (int d = 16; d; d >>= 1) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, d));
-#pragma unroll
-    for (int i = 0; i < KEYS / 32; ++i) {
-      s[i] = exp2_fast((s[i] - m) * LOG2E);
-      sum += s[i];
-      p[g][lane + 32 * i] = s[i];
-    }
-    sum = warp_sum(sum);
-    if (lane == 0) top[g] = m, total[g] = sum;
-  }
-  __syncthreads();
-  // A team sums a run of keys; what lies past `count` has weight 0, but may hold anything: it is not read.
   const int team = threadIdx.x / LANES, pair = threadIdx.x % LANES * 2;
-  float acc[G][2] = {};
-  if (team < TEAMS) {
-    const u8* value = dynamic + KEYS * STRIDE + pair * SIZE;
-    const int stop = min(count, (team + 1) * RUN);
-    for (int at = team * RUN; at < stop; at += 4) {
-      float v[4][2];
+  float acc[G][2] = {}, m[MINE], sum[MINE];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        v[j][0] = v[j][1] = 0.0f;
-        if (at + j < stop) {
-          const raw* one = (const raw*)(value + (at + j) * STRIDE);
-          v[j][0] = widen<T>(one[0]), v[j][1] = widen<T>(one[1]);
+  for (int h = 0; h < MINE; ++h) m[h] = LOW, sum[h] = 0.0f;
+  for (int tile = 0; tile < tiles; ++tile) {
+    if (tile + 1 < tiles) ask((tile + 1) * KEYS, min((tile + 2) * KEYS, count));
+    copy_async_commit();
+    copy_async_wait<1>();
+    __syncthreads();
+    const u8* here = dynamic + (tile & 1) * 2 * KEYS * STRIDE;
+    const int inside = min(KEYS, count - tile * KEYS);
+#pragma unroll
+    for (int h = 0; h < MINE; ++h) {
+      const int g = warp + h * WARPS;
+      if (g < G) {
+        float s = LOW;
+        if (lane < inside) {
+          const uint4* k = (const uint4*)(here + lane * STRIDE);
+          float dot[2] = {};
+#pragma unroll 4
+          for (int i = 0; i < VECTORS; ++i) {
+            float v[N];
+            unpack<T>(k[i], v);
+#pragma unroll
+            for (int j = 0; j < N; j += 4) {
+              const float4 w = *(const float4*)&query[g][i * N + j];
+              dot[0] = fmaf(v[j], w.x, fmaf(v[j + 1], w.y, dot[0]));
+              dot[1] = fmaf(v[j + 2], w.z, fmaf(v[j + 3], w.w, dot[1]));
+            }
+          }
+          s = dot[0] + dot[1];
+          if (softcap > 0.0f) s = tanhf(s / softcap) * softcap;
         }
-      }
-#pragma unroll
-      for (int g = 0; g < G; ++g) {
-        const float4 w = *(const float4*)&p[g][at];
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          acc[g][e] = fmaf(w.x, v[0][e], fmaf(w.y, v[1][e], fmaf(w.z, v[2][e], fmaf(w.w, v[3][e], acc[g][e]))));
+        const float now = fmaxf(m[h], warp_max(s)), factor = exp2_fast((m[h] - now) * LOG2E);
+        s = exp2_fast((s - now) * LOG2E);
+        sum[h] = sum[h] * factor + warp_sum(s);
+        m[h] = now;
+        p[g][lane] = s;
+        if (lane == 0) fade[g] = factor;
       }
     }
+    __syncthreads();
+    if (team < TEAMS) {
+#pragma unroll
+      for (int g = 0; g < G; ++g) acc[g][0] *= fade[g], acc[g][1] *= fade[g];
+      const u8* value = here + KEYS * STRIDE + pair * SIZE;
+      const int stop = min(inside, (team + 1) * RUN);
+      for (int at = team * RUN; at < stop; at += 4) {
+        float v[4][2];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[j][0] = v[j][1] = 0.0f;  // past the end anything may lie; its weight is 0
+          if (at + j < stop) two(value + (at + j) * STRIDE, v[j]);
+        }
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+          const float4 w = *(const float4*)&p[g][at];
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            acc[g][e] = fmaf(w.x, v[0][e], fmaf(w.y, v[1][e], fmaf(w.z, v[2][e], fmaf(w.w, v[3][e], acc[g][e]))));
+        }
+      }
+    }
+    __syncthreads();
   }
   // The teams' shares, [TEAMS, G, D] floats, where keys and values were.
-  __syncthreads();
   float* shares = (float*)dynamic;
   if (team < TEAMS) {
 #pragma unroll
     for (int g = 0; g < G; ++g) *(float2*)&shares[(team * G + g) * D + pair] = make_float2(acc[g][0], acc[g][1]);
   }
+#pragma unroll
+  for (int h = 0; h < MINE; ++h)
+    if (warp + h * WARPS < G && lane == 0) top[warp + h * WARPS] = m[h], total[warp + h * WARPS] = sum[h];
   __syncthreads();
   raw* to = out + row * out_stride + (i64)head * G * D;
   // [group, chunk, G, D + 2]: maximum, sum, weighted values.
-  float* mine = partial + ((i64)group * gridDim.y + chunk) * G * (D + 2);
+  float* mine = partial + ((i64)group * SPLITS + chunk) * G * (D + 2);
   for (int i = threadIdx.x; i < G * D; i += THREADS) {
     float y = 0.0f;
 #pragma unroll
@@ -268,7 +257,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     __threadfence();
   }
   __syncthreads();
-  if (last) join_chunks(partial + (i64)group * gridDim.y * G * (D + 2), chunks, (float(*)[MAX_CHUNKS])dynamic, total, to);
+  if (!last) return;
+  const float* all = partial + (i64)group * SPLITS * G * (D + 2);
+  for (int g = warp; g < G; g += WARPS) {
+    const float* one = all + ((i64)min(lane, chunks - 1) * G + g) * (D + 2);
+    const float its = lane < chunks ? __ldcg(one) : LOW, w = exp2_fast((its - warp_max(its)) * LOG2E);
+    if (lane < SPLITS) weight[g][lane] = w;
+    const float all_of_it = warp_sum(w * (lane < chunks ? __ldcg(one + 1) : 0.0f));
+    if (lane == 0) total[g] = all_of_it;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < G * D; i += THREADS) {
+    const float* one = all + (i64)(i / D) * (D + 2) + 2 + i % D;
+    float y = 0.0f;
+#pragma unroll 8
+    for (int c = 0; c < chunks; ++c) y = fmaf(weight[i / D][c], __ldcg(one + (i64)c * G * (D + 2)), y);
+    to[i] = narrow<T>(y / total[i / D]);
+  }
 }
 #endif
 

@@ -36,10 +36,39 @@ __device__ __forceinline__ float activate(float x) {
 #endif
 }
 
+// The 16-row tiles of one item of work: of which matrix, and where their output columns start.
+struct Item {
+  const raw *rows[MT][2], *bias[MT];
+  int n[MT], tile[MT], column[MT];
+};
+
+__device__ __forceinline__ Item item_of(
+    int index, int k, int g, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1, const raw* b2, int n0,
+    int n1, int n2) {
+  Item item;
+#pragma unroll
+  for (int i = 0; i < MT; ++i) {
+    const raw *w = GATED && i ? w1 : w0, *bias = GATED && i ? b1 : b0;
+    int tile = GATED ? index : index * MT + i, column = 0, n = n0;
+#if !GATED
+    const int tiles0 = (n0 + 15) / 16, tiles1 = (n1 + 15) / 16;
+    if (tile >= tiles0) {
+      tile -= tiles0, column = n0, w = w1, bias = b1, n = n1;
+      if (tile >= tiles1) tile -= tiles1, column = n0 + n1, w = w2, bias = b2, n = n2;
+    }
+    if (tile * 16 >= n) w = w0, n = 0;  // past the last: reads something, writes nothing
+#endif
+#pragma unroll
+    for (int h = 0; h < 2; ++h) item.rows[i][h] = w + (i64)max(0, min(tile * 16 + g + h * 8, n - 1)) * k;
+    item.bias[i] = bias, item.n[i] = n, item.tile[i] = tile, item.column[i] = column;
+  }
+  return item;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int settled) {
+    int when, int settled, int items) {
   // A flag that the launch ahead may still write is read once that has ended; a `settled` one at once, so that the first
   // weights can be on their way while the launch ahead still runs.
   if (need && !settled) settle();
@@ -51,44 +80,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   DYNAMIC_SHARED(dynamic);
   __shared__ float partial[WARPS][MT][GROUP_NT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  // The 16-row tiles of this block: of which matrix, and where their output columns start.
-  const raw *rows[MT][2], *bias[MT];
-  int n[MT], tile[MT], column[MT];
-#pragma unroll
-  for (int i = 0; i < MT; ++i) {
-    const raw* w = GATED && i ? w1 : w0;
-    bias[i] = GATED && i ? b1 : b0, n[i] = n0, tile[i] = GATED ? blockIdx.x : blockIdx.x * MT + i, column[i] = 0;
-#if !GATED
-    const int tiles0 = (n0 + 15) / 16, tiles1 = (n1 + 15) / 16;
-    if (tile[i] >= tiles0) {
-      tile[i] -= tiles0, column[i] = n0, w = w1, bias[i] = b1, n[i] = n1;
-      if (tile[i] >= tiles1) tile[i] -= tiles1, column[i] = n0 + n1, w = w2, bias[i] = b2, n[i] = n2;
-    }
-    if (tile[i] * 16 >= n[i]) w = w0, n[i] = 0;  // past the last: reads something, writes nothing
-#endif
-#pragma unroll
-    for (int h = 0; h < 2; ++h) rows[i][h] = w + (i64)max(0, min(tile[i] * 16 + g + h * 8, n[i] - 1)) * k;
-  }
-  float sum[MT][NT][4] = {};
-  // A lane reads back only what it copied itself: its ring of STAGES steps needs no barrier.
+  // A lane reads back only what it copied itself: its ring of STAGES steps needs no barrier. The ring runs on from one item of
+  // this block to its next, so the memory bus is busy while an item's sums are put together.
   const u32 ring = shared_address(dynamic) + threadIdx.x * 16;
   const int steps = (k - warp * 32 + STEP - 1) / STEP, mine = warp * 32 + t * 8;
-  auto ask = [&](int step) {
-    const int at = mine + step * STEP;
-    if (step < steps) {
+  int asked = 0, ask_step = 0, ask_index = blockIdx.x;
+  Item ahead = item_of(ask_index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2);
+  auto ask = [&]() {
+    if (steps > 0 && ask_index < items) {
+      const int at = mine + ask_step * STEP;
 #pragma unroll
       for (int i = 0; i < MT; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h)  // past the end: zeros, from an address that exists
-          stream16(ring + ((step % STAGES * MT + i) * 2 + h) * THREADS * 16, rows[i][h] + (at < k ? at : 0), at < k ? 16 : 0);
+          stream16(ring + ((asked % STAGES * MT + i) * 2 + h) * THREADS * 16, ahead.rows[i][h] + (at < k ? at : 0), at < k ? 16 : 0);
+      if (++ask_step == steps) {
+        ask_step = 0, ask_index += gridDim.x;
+        if (ask_index < items) ahead = item_of(ask_index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2);
+      }
     }
+    ++asked;
     copy_async_commit();
   };
 #pragma unroll
-  for (int step = 0; step < STAGES; ++step) ask(step);
+  for (int step = 0; step < STAGES; ++step) ask();
   settle();
   release();
-  for (int step = 0; step < steps; ++step) {
+  int taken = 0;
+  for (int index = blockIdx.x; index < items; index += gridDim.x) {
+  float sum[MT][NT][4] = {};
+  for (int step = 0; step < steps; ++step, ++taken) {
     const int at = mine + step * STEP;
     uint4 q[NT];
 #pragma unroll
@@ -99,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     copy_async_wait<STAGES - 1>();
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
-      const uint4* slot = (const uint4*)dynamic + (step % STAGES * MT + i) * 2 * THREADS + threadIdx.x;
+      const uint4* slot = (const uint4*)dynamic + (taken % STAGES * MT + i) * 2 * THREADS + threadIdx.x;
       const uint4 a = slot[0], b = slot[THREADS];
       const u32 first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
 #pragma unroll
@@ -108,12 +129,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         mma_16x8x16<T>(sum[i][c], second, q[c].z, q[c].w);
       }
     }
-    ask(step + STAGES);
+    ask();
   }
+  const Item item = item_of(index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2);
   // The warps' shares, two groups of 8 rows at a time.
 #pragma unroll
   for (int from = 0; from < NT; from += GROUP_NT) {
-    if (from) __syncthreads();
+    __syncthreads();  // the last group's readers are done
 #pragma unroll
     for (int i = 0; i < MT; ++i)
 #pragma unroll
@@ -128,25 +150,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
       float total[MT];
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
-        const int at = tile[i] * 16 + in_tile;
+        const int at = item.tile[i] * 16 + in_tile;
         total[i] = 0.0f;
 #pragma unroll
         for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][c][j][l];
-        if (bias[i] && at < n[i]) total[i] += widen<T>(bias[i][at]);
+        if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
       }
 #pragma unroll
       for (int i = 0; i < (GATED ? 1 : MT); ++i) {
-        const int at = tile[i] * 16 + in_tile;
-        if (at >= n[i]) continue;
+        const int at = item.tile[i] * 16 + in_tile;
+        if (at >= item.n[i]) continue;
         float y = total[i];
 #if GATED
         y = rounded(activate(rounded(y))) * rounded(total[1]);
 #else
         if (ACT) y = activate(rounded(y));
-        if (residual) y = widen<T>(residual[r * r_stride + column[i] + at]) + rounded(y);
+        if (residual) y = widen<T>(residual[r * r_stride + item.column[i] + at]) + rounded(y);
 #endif
-        out[r * out_stride + column[i] + at] = narrow<T>(y);
+        out[r * out_stride + item.column[i] + at] = narrow<T>(y);
       }
     }
+  }
   }
 }

@@ -10,6 +10,7 @@ measured to be the model's own; any other through its own code, and `notes` says
 
 from __future__ import annotations
 
+import gc
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -376,8 +377,14 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-            work()
+        # A graph or a pool that the garbage collector frees while another is being captured ends the process.
+        gc.collect()
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                work()
+        finally:
+            gc.enable()
     except torch.cuda.OutOfMemoryError as error:
         raise InputError(
             f"out of GPU memory while a decode step was captured: {error}", hint="--max-length, --batch"

@@ -9,13 +9,12 @@ rows make cuBLAS the faster way, MLP and stand-in are the two branches of a cond
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
+from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Program
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
@@ -37,16 +36,7 @@ class FusedStep:
         self.standins = standin_linears(standin, dtype, decoder.device)
         head = decoder.model.get_output_embeddings()
         self.head = Linear([head.weight], [head.bias]) if type(head) is torch.nn.Linear else None
-        self.nodes: Any = None
-        if not self.ops.stops and any(source >= 0 for source in program.source):
-            from sedac_cli.gpu.conditional import ConditionalGraph
-
-            self.nodes = ConditionalGraph(decoder.device)
-            x = torch.zeros(rows, decoder.hidden_size, dtype=dtype, device=decoder.device)
-            first = standard.layers[0]
-            self.nodes.warm(
-                lambda: (self.run(first, x, x.clone()), self.instead(next(iter(self.standins), -1), x, x.clone()))
-            )
+        self.either = None if self.ops.stops else Branches(decoder.device)
 
     def __call__(self, state: State) -> Tensor:
         ops, program = self.ops, self.program
@@ -77,21 +67,12 @@ class FusedStep:
             self.blend(index, layer, x, h, need, scale)
         elif need is None:
             self.run(layer, x, h)
-        elif self.ops.stops:
+        elif self.either is None:
             self.run(layer, x, h, need, settled)
             self.instead(index, x, h, need, settled)
         else:
-            conditions = self.nodes.conditions(1, either=index in self.standins)
-            conditions.set(need)
-            if index not in self.standins:
-                with conditions.body(0):
-                    self.run(layer, x, h)
-                return
-            run, otherwise = conditions.branches(0)
-            with run:
-                self.run(layer, x, h)
-            with otherwise:
-                self.instead(index, x, h)
+            otherwise = (lambda: self.instead(index, x, h)) if index in self.standins else None
+            self.either(need, lambda: self.run(layer, x, h), otherwise)
 
     def run(self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, settled: bool = False) -> None:
         z = self.ops.gated(x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=settled)
@@ -108,13 +89,10 @@ class FusedStep:
     def blend(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor, scale: Tensor) -> None:
         """h += scale * MLP(x) + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
         y = torch.zeros_like(h)
-        if self.ops.stops:
+        if self.either is None:
             self.run(layer, x, y, need)
         else:
-            conditions = self.nodes.conditions(1)
-            conditions.set(need)
-            with conditions.body(0):
-                self.run(layer, x, y)
+            self.either(need, lambda: self.run(layer, x, y))
         weight = scale.unsqueeze(1).to(h.dtype)
         other = torch.zeros_like(h)
         self.instead(index, x, other)

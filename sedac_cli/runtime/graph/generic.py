@@ -20,6 +20,7 @@ from transformers import Cache
 
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.programs import Program
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn
@@ -57,11 +58,7 @@ class GenericStep:
         self.loaded, self.standin, self.cache, self.program = loaded, standin, cache, program
         self.device = loaded.device
         self.dtype = loaded.model.get_input_embeddings().weight.dtype
-        self.nodes: Any = None
-        if self.device.type == "cuda" and any(source >= 0 for source in program.source):
-            from sedac_cli.gpu.conditional import ConditionalGraph
-
-            self.nodes = ConditionalGraph(self.device)
+        self.either = Branches(self.device)
         self.positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
 
     def __call__(self, state: State) -> Tensor:
@@ -116,7 +113,7 @@ class GenericStep:
                 assert need is not None
                 memory["x"], memory["need"] = x, need
                 out = x.new_zeros(*x.shape[:-1], int(size))  # type: ignore[arg-type]
-                self._either(need, lambda: out.copy_(forward(x)), None)
+                self.either(need, lambda: out.copy_(forward(x)), None)
                 return out
 
             return run
@@ -125,7 +122,7 @@ class GenericStep:
             def run(z: Tensor) -> Tensor:
                 x, need = memory["x"], memory["need"]
                 out = torch.zeros_like(x)
-                self._either(need, lambda: out.copy_(forward(z)), self._standin(branch.layer, x, out))
+                self.either(need, lambda: out.copy_(forward(z)), self._standin(branch.layer, x, out))
                 return out
 
             return run
@@ -148,7 +145,7 @@ class GenericStep:
                     )
                 out.copy_(y)
 
-            self._either(need, work, self._standin(layer, x, out))
+            self.either(need, work, self._standin(layer, x, out))
             scale = self.program.scale(layer)
             if scale is None:
                 return out
@@ -170,29 +167,6 @@ class GenericStep:
             out.add_(y.view(out.shape))
 
         return work
-
-    def _either(self, need: Tensor, run: Callable[[], Any], otherwise: Callable[[], Any] | None) -> None:
-        if self.nodes is None:
-            if bool(need):
-                run()
-            elif otherwise is not None:
-                otherwise()
-        elif not torch.cuda.is_current_stream_capturing():  # the rounds before the capture set up every library
-            self.nodes.warm(run)
-            if otherwise is not None:
-                self.nodes.warm(otherwise)
-        else:
-            conditions = self.nodes.conditions(1, either=otherwise is not None)
-            conditions.set(need)
-            if otherwise is None:
-                with conditions.body(0):
-                    run()
-                return
-            first, second = conditions.branches(0)
-            with first:
-                run()
-            with second:
-                otherwise()
 
 
 def refuse(loaded: LoadedModel, places: int) -> None:

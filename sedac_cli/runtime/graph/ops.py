@@ -94,7 +94,7 @@ class KernelOps:
     def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor:
         key = (heads.group * heads.key, heads.size)
         if key not in self.scratch:
-            self.scratch[key] = decode.attend_scratch(q.shape[0], heads, keys.shape[2], q.dtype, q.device)
+            self.scratch[key] = decode.attend_scratch(q.shape[0], heads, q.device)
         return decode.attend(q, heads, keys, values, slot, first, self.scratch[key])
 
     def entropy(self, logits: Tensor) -> Entropy:
