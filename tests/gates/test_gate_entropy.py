@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
-from gate_helpers import ColumnLens, by_hand, random_probe, random_states
+from gate_helpers import ColumnLens, by_hand, random_probe
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Guards
