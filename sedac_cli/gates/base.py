@@ -140,6 +140,17 @@ class Gate:
         return {}
 
 
+def stricter(a: Guards, b: Guards) -> Guards:
+    """What both ask for."""
+    return Guards(
+        max(a.sinks, b.sinks),
+        max(a.first, b.first),
+        max(a.last, b.last),
+        a.prefill and b.prefill,
+        a.decode and b.decode,
+    )
+
+
 def check_layers(layers: Iterable[int], num_layers: int, what: str) -> None:
     for layer in layers:
         if not 0 <= layer < num_layers:

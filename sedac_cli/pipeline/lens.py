@@ -10,24 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedac_cli.corpus import pad_batch
-from sedac_cli.errors import InputError
-from sedac_cli.gates.base import Guards
+from sedac_cli.artifacts.files import make_folder
+from sedac_cli.artifacts.manifest import versions
+from sedac_cli.artifacts.thresholds import GuardSettings, Promise, Thresholds
+from sedac_cli.config import TextSpec
+from sedac_cli.corpus import Corpus, pad_batch
+from sedac_cli.errors import InputError, UsageError
+from sedac_cli.gates.base import Guards, stricter
 from sedac_cli.gates.entropy import EntropyGate
 from sedac_cli.gates.lens import Lens
 from sedac_cli.gates.options import parse_options
-from sedac_cli.gates.registry import entropy_checks, make_lens
+from sedac_cli.gates.registry import entropy_checks, entropy_gate, make_lens
+from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline.data import CollectedData
 from sedac_cli.structure import Decoder
 
 MEASURED = ("mean", "sd")
+OWN_GUARDS = ("sinks", "first", "last")
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,53 @@ def measure_entropy_gate(
     found = measure_lens(decoder, make_lens(told["lens"], decoder, checks), checks, batches, guards.sinks)
     measured = {"mean": list(found.mean.values()), "sd": list(found.sd.values())}
     return filled | {name: values for name, values in measured.items() if told[name] is None}, found
+
+
+@dataclass(frozen=True)
+class LensReport:
+    """`layers` in bits; what they were measured on is in the file."""
+
+    file: Path
+    gate: str
+    tokens: int
+    layers: list[dict[str, float]]
+
+
+def calibrate_entropy(
+    loaded: LoadedModel,
+    argument: str,
+    text: TextSpec | CollectedData,
+    guards: Guards,
+    path: Path,
+    batch_size: int = 8,
+) -> LensReport:
+    """Measure mean and sd for `entropy:ARGUMENT` on a text, or on what was collected, and write a thresholds file."""
+    told = entropy_options(argument)
+    if any(told[name] is not None for name in MEASURED):
+        raise UsageError("gate 'entropy': mean and sd are what is measured here", hint="leave them out")
+    guards = stricter(guards, Guards(**{name: told.pop(name) for name in OWN_GUARDS}))
+    make_folder(path.parent)
+    if isinstance(text, CollectedData):
+        text.manifest.model.require_same(loaded.identity, str(text.folder))
+        source: dict[str, Any] = text.manifest.steps["collect"].settings["text"]
+        batches: Iterable[list[list[int]]] = collected_batches(text, batch_size)
+    else:
+        source, batches = asdict(text), Corpus(text, loaded.tokenizer).batches(batch_size)
+    told, found = measure_entropy_gate(told, loaded.decoder, guards, batches)
+    assert found is not None
+    entropy_gate(told, loaded.decoder, guards)  # what it refuses is not written
+    layers = [{"layer": layer, "mean": found.mean[layer], "sd": found.sd[layer]} for layer in found.mean]
+    Thresholds(
+        gate="entropy", layers=[], thresholds=[], probes={}, target_label="none", model=loaded.identity,
+        parameters={key: value for key, value in told.items() if value is not None},
+        guards=GuardSettings(**asdict(guards)),
+        found_by={
+            "method": "mean and standard deviation of the lens entropy (bits) over dense states, attention sinks left out",
+            "tokens": found.tokens, "layers": layers, "text": source, "versions": versions(),
+        },
+        promise=Promise(kind="none", target={}),
+    ).write(path)  # fmt: skip
+    return LensReport(path, "entropy", found.tokens, layers)
 
 
 def collected_batches(data: CollectedData, size: int = 8) -> Iterator[list[list[int]]]:
