@@ -112,6 +112,9 @@ class EntropyGate(Gate):
     def reads(self, layer: int) -> bool:
         return layer in self.checks or layer + 1 in self.checks
 
+    def holds(self, layer: int) -> bool:
+        return not self.reads(layer) and self.anchor(layer) == self.anchor(layer - 1)
+
     def prepare(self, state: TokenState) -> None:
         state.memory["skips"] = torch.zeros_like(state.may_skip)
         for name in ("entropy", "confidence", "load"):
@@ -138,8 +141,8 @@ class EntropyGate(Gate):
             else:
                 memory["previous"] = hidden.clone()
         if self.anchor(layer):
-            return torch.ones_like(state.scale)
-        return (~memory["skips"]).float()
+            return torch.ones_like(state.may_skip)
+        return ~memory["skips"]
 
     def parameters(self) -> dict[str, Any]:
         return {
