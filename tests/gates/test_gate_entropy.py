@@ -11,9 +11,9 @@ from gate_helpers import ColumnLens, by_hand, random_probe
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Guards
-from sedac_cli.gates.entropy import EntropyGate, entropy_decision
+from sedac_cli.gates.entropy import EntropyGate
 from sedac_cli.gates.lens import HeadLens, ProbeLens, find_final_norm
-from sedac_cli.gpu.reference import entropy_of_logits
+from sedac_cli.gpu.reference import entropy_decision, entropy_of_logits
 from sedac_cli.structure import find_decoder
 
 OPEN = Guards()
