@@ -206,7 +206,7 @@ def measure_it(
     assert source is not None
     loaded = load_model(model_of(model, data.manifest.model if data else None))
     path = out_file or data_dir / "thresholds.json"
-    report = calibrate_entropy(loaded, argument, source, Guards(*guards), path, batch_size)
+    report = calibrate_entropy(loaded, argument, source, Guards(*guards), path, data_dir, batch_size)
     out.table(
         f"lens entropy on {report.tokens:,} tokens -> {report.file}",
         ["checked layer", "mean (bits)", "sd (bits)"],

@@ -57,7 +57,7 @@ def eval_(
     head, _, tail = batch_size.partition(":")
     if not (head.isdigit() and int(head) and not tail) and head != "auto":
         raise UsageError(f"--batch-size: '{batch_size}' is not a number", hint="8, auto or auto:4")
-    if limit is not None and limit >= 1 and limit != int(limit):
+    if limit is not None and (limit == 0 or (limit >= 1 and limit != int(limit))):
         raise UsageError(f"--limit: {limit} documents", hint="a whole number, or a share under 1")
     from sedac_cli.artifacts.files import make_folder
     from sedac_cli.harness import require_harness

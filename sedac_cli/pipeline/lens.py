@@ -30,6 +30,7 @@ from sedac_cli.gates.lens import Lens
 from sedac_cli.gates.options import parse_options
 from sedac_cli.gates.registry import entropy_checks, entropy_gate, make_lens
 from sedac_cli.models import LoadedModel
+from sedac_cli.pipeline.calibrate import write_thresholds
 from sedac_cli.pipeline.data import CollectedData
 from sedac_cli.structure import Decoder
 
@@ -122,6 +123,7 @@ def calibrate_entropy(
     text: TextSpec | CollectedData,
     guards: Guards,
     path: Path,
+    folder: Path,
     batch_size: int = 8,
 ) -> LensReport:
     """Measure mean and sd for `entropy:ARGUMENT` on a text, or on what was collected, and write a thresholds file."""
@@ -140,7 +142,7 @@ def calibrate_entropy(
     assert found is not None
     entropy_gate(told, loaded.decoder, guards)  # what it refuses is not written
     layers = [{"layer": layer, "mean": found.mean[layer], "sd": found.sd[layer]} for layer in found.mean]
-    Thresholds(
+    thresholds = Thresholds(
         gate="entropy", layers=[], thresholds=[], probes={}, target_label="none", model=loaded.identity,
         parameters={key: value for key, value in told.items() if value is not None},
         guards=GuardSettings(**asdict(guards)),
@@ -149,7 +151,8 @@ def calibrate_entropy(
             "tokens": found.tokens, "layers": layers, "text": source, "versions": versions(),
         },
         promise=Promise(kind="none", target={}),
-    ).write(path)  # fmt: skip
+    )  # fmt: skip
+    write_thresholds(thresholds, path, folder, {"gate": f"entropy:{argument}", "out": str(path)})
     return LensReport(path, "entropy", found.tokens, layers)
 
 

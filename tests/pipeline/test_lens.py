@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from sedac_cli.artifacts.manifest import Manifest
 from sedac_cli.artifacts.thresholds import Thresholds
 from sedac_cli.errors import InputError
 from sedac_cli.gates.lens import HeadLens
@@ -60,6 +61,7 @@ def test_calibrate_measures_on_what_was_collected(sedac, tiny, copied):
     assert result.json["layers"][1] == {
         "layer": 2, "mean": written.parameters["mean"][1], "sd": written.parameters["sd"][1],
     }  # fmt: skip
+    Manifest.read(copied).verify(copied, "calibrate")
     assert result.json["tokens"] == written.found_by["tokens"] == len(bits)
 
 
