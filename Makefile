@@ -11,13 +11,13 @@ LAYERS   ?= 7,14,21
 DATA_DIR ?= sedac_data
 ARGS     ?=
 
-.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu clean
+.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu bench-decide clean
 
 help:
 	@echo "make demo      the whole pipeline on the built-in model"
 	@echo "make test      the test suite          make lint types   style and types"
 	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
-	@echo "make bench bench-cpu   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
+	@echo "make bench bench-cpu bench-decide   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
 	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -61,6 +61,9 @@ bench: bench-cpu
 
 bench-cpu: setup
 	$(BIN)/python benchmarks/cpu.py --out benchmarks/results/cpu.json $(ARGS)
+
+bench-decide: setup
+	$(BIN)/python benchmarks/decide.py --out benchmarks/results/decide.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -20,6 +20,9 @@ _LAZY = {
     "load_model": "sedac_cli.models",
     "build_gate": "sedac_cli.gates.registry",
     "skipping": "sedac_cli.runtime.skip",
+    "create_sedac_engine": "sedac_cli.engine",
+    "create_pipeline": "sedac_cli.engine",
+    "DeepThinking": "sedac_cli.gates.deep",
 }
 
 __all__ = ["__version__", *_LAZY]

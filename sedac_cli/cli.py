@@ -9,6 +9,7 @@ from sedac_cli.commands.collect import collect
 from sedac_cli.commands.demo import demo
 from sedac_cli.commands.distill import distill
 from sedac_cli.commands.doctor import doctor
+from sedac_cli.commands.eval import eval_
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.ls import ls
 from sedac_cli.commands.train_probes import train_probes
@@ -24,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, distill, calibrate, validate, generate, demo, doctor, ls):
-    app.command(command.__name__.replace("_", "-"), epilog=ENVIRONMENT)(command)
+for command in (collect, train_probes, distill, calibrate, validate, generate, eval_, demo, doctor, ls):
+    app.command(command.__name__.strip("_").replace("_", "-"), epilog=ENVIRONMENT)(command)
 
 
 def _version(show: bool) -> None:

@@ -59,10 +59,29 @@ def load_model(spec: ModelSpec | str) -> LoadedModel:
         model.to(device)
     model.eval()
     model.requires_grad_(False)
+    return adopt_model(model, tokenizer, spec.ref)
+
+
+def adopt_model(model: Any, tokenizer: Any, ref: str | None = None) -> LoadedModel:
+    """A model that is already in memory, with its parts named; a tokenizer without a padding token gets one."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     decoder = find_decoder(model)
-    return LoadedModel(model, tokenizer, decoder, identify(spec.ref, model, tokenizer, decoder))
+    ref = ref or getattr(model, "name_or_path", "") or type(model).__name__
+    return LoadedModel(model, tokenizer, decoder, identify(ref, model, tokenizer, decoder))
+
+
+def cached_tokenizer(model: Any) -> Any:
+    """The tokenizer saved where a loaded model came from, if it is on this machine; otherwise None."""
+    from transformers import AutoTokenizer
+
+    origin = getattr(model, "name_or_path", "")
+    if not origin:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(origin, local_files_only=True)
+    except (OSError, ValueError):
+        return None
 
 
 def resolve(ref: str) -> tuple[str, bool]:

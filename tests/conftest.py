@@ -222,3 +222,39 @@ def synthetic(tmp_path) -> Path:
     states = {layer: torch.randn(sum(lengths), 12, generator=generator) for layer in (1, 3)}
     labels = {layer: x[:, 0].abs() + 0.1 for layer, x in states.items()}
     return write_collection(tmp_path / "synthetic", states, labels, lengths)
+
+
+@pytest.fixture(scope="session")
+def toy_tasks(tmp_path_factory) -> Path:
+    """A folder with three tasks of the lm-evaluation-harness: toy_choice, toy_generate, toy_rolling; 12 documents each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = random.Random(0)
+    nouns = ["sea", "wind", "king", "hill", "old man", "grey house", "road", "night", "ship", "tree"]
+    documents = []
+    for _ in range(12):
+        question = " ".join(["the", *rng.choices(nouns, k=rng.randint(1, 5)), "was in the"])
+        documents.append({"question": question, "choices": rng.sample(nouns, 3), "answer": rng.randrange(3)})
+    (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)), encoding="utf-8")
+    common = {
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "documents.jsonl")}},
+        "test_split": "test", "metadata": {"version": 1.0}, "doc_to_text": "{{question}}",
+    }  # fmt: skip
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    tasks = {
+        "toy_choice": {
+            "output_type": "multiple_choice", "doc_to_target": "{{answer}}", "doc_to_choice": "{{choices}}",
+            "metric_list": [{"metric": "acc", **mean}, {"metric": "acc_norm", **mean}],
+        },
+        "toy_generate": {
+            "output_type": "generate_until", "doc_to_target": " a",
+            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 6, "do_sample": False},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+        "toy_rolling": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+            "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+        },
+    }  # fmt: skip
+    for name, own in tasks.items():  # JSON is YAML
+        (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **own}), encoding="utf-8")
+    return folder

@@ -35,6 +35,16 @@ def test_of_the_experts_only_those_a_token_visits(family, more):
     assert costs.mlp == (router + 2 * (3 * 2 * 32 * 48),) * 4
 
 
+def test_a_shared_expert_beside_the_experts_module_always_runs_and_is_counted():
+    """GraniteMoeShared: `shared_mlp` (width 24) stands beside `block_sparse_moe`, which is what can be skipped."""
+    model = tiny_model("granitemoeshared", num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=24)
+    costs = model_costs(find_decoder(model), context=64)
+    router, shared = 2 * 32 * 4, 3 * 2 * 32 * 24
+    attention = 2 * (32 * 32 + 32 * 16 + 32 * 16 + 32 * 32) + 2 * (2 * 4 * 8 * 64) / 2
+    assert costs.mlp == (router + 2 * (3 * 2 * 32 * 48),) * 4
+    assert costs.mixer == (attention + shared,) * 4
+
+
 def test_savings_are_a_share_of_the_whole_and_gates_and_standins_are_paid():
     costs = Costs(mlp=(60.0, 60.0), mixer=(20.0, 20.0), head=40.0)
     assert costs.total == 200

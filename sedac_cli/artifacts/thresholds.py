@@ -56,9 +56,9 @@ class GuardSettings(Strict):
 
 class Promise(Strict):
     """What the thresholds were made to keep. `exit-rate` targets a share of tokens and says nothing about quality;
-    `certified` is a bound on a loss that holds with the given confidence."""
+    `none`: settings were measured, nothing is aimed at; `certified` is a bound on a loss that holds with the given confidence."""
 
-    kind: Literal["exit-rate", "certified"]
+    kind: Literal["exit-rate", "none", "certified"]
     target: dict[str, Any]
     confidence: float | None = None
     calibration_sequences: int | None = None

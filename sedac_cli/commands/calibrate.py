@@ -14,6 +14,7 @@ from sedac_cli.console import Output
 from sedac_cli.errors import PromiseMissedError, UsageError
 
 if TYPE_CHECKING:
+    from sedac_cli.artifacts.manifest import ModelIdentity
     from sedac_cli.pipeline.certify.run import CertifyOptions, CertifyReport
 
 MODEL = ModelSpec(ref="")
@@ -66,7 +67,8 @@ def calibrate(
         option(
             "Certify",
             "--gate",
-            help="cascade (default), fixed, soft, learned:FILE.pth, stability, entropy:mean=..,sd=.., always, random.",
+            help="cascade (default), fixed, soft, learned:FILE.pth, stability, entropy, always, random. Without a limit on "
+            "harm: entropy[:threshold=0.5,...], whose mean and sd are then measured.",
         ),
     ] = None,
     allow_overlap: Annotated[
@@ -81,6 +83,8 @@ def calibrate(
     ] = None,
 ) -> None:
     """Choose thresholds for a share of tokens that exits, or, with --max-harm, the loosest setting that is certified.
+
+    With --gate entropy alone: measure mean and sd of its lens entropy on the collected text, or on --dataset.
 
     To certify, settings are run on sequences the probes were not trained on: those that follow the collected ones in the
     same text, or --dataset.
@@ -110,6 +114,21 @@ def calibrate(
                 Guards(sinks=sinks, first=protect_first, last=protect_last, prefill=prefill),
                 batch_size, seed, allow_overlap, out_file,
             ),
+        )  # fmt: skip
+        return
+    if gate is not None and gate.partition(":")[0].strip() == "entropy":
+        others = {
+            "--target-exit-rate": target_exit_rate, "--strategy": strategy, "--layers": layers,
+            "--confidence": confidence, "--bound": bound,
+        }  # fmt: skip
+        for name, value in others.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name}: gate 'entropy' is measured, unless a limit on harm is given", hint="--max-harm ppl=1.05"
+                )
+        measure_it(
+            out, model, text, data_dir, gate.partition(":")[2],
+            (sinks, protect_first, protect_last, prefill), out_file, batch_size,
         )  # fmt: skip
         return
     certify_only = {
@@ -162,17 +181,48 @@ def text_options(text: TextSpec) -> bool:
     return replace(text, seed=0) == TEXT
 
 
+def model_of(model: ModelSpec, known: ModelIdentity | None) -> ModelSpec:
+    """The model named, or the one the data folder was made with."""
+    if model.ref:
+        return model
+    revision = known.revision if known and model.revision is None else model.revision
+    return replace(model, ref=known.ref if known else ModelSpec().ref, revision=revision)
+
+
+def measure_it(
+    out: Output, model: ModelSpec, text: TextSpec, data_dir: Path, argument: str,
+    guards: tuple[int, int, int, bool], out_file: Path | None, batch_size: int,
+) -> None:  # fmt: skip
+    from sedac_cli.artifacts.manifest import MANIFEST
+    from sedac_cli.gates.base import Guards
+    from sedac_cli.models import load_model
+    from sedac_cli.pipeline.data import CollectedData
+    from sedac_cli.pipeline.lens import calibrate_entropy
+
+    data = CollectedData.open(data_dir) if (data_dir / MANIFEST).exists() else None
+    if data is None and not text.dataset:
+        raise UsageError(f"no text: {data_dir} holds none, and none is named", hint="--dataset FILE, or sedac collect")
+    source = text if text.dataset else data
+    assert source is not None
+    loaded = load_model(model_of(model, data.manifest.model if data else None))
+    path = out_file or data_dir / "thresholds.json"
+    report = calibrate_entropy(loaded, argument, source, Guards(*guards), path, data_dir, batch_size)
+    out.table(
+        f"lens entropy on {report.tokens:,} tokens -> {report.file}",
+        ["checked layer", "mean (bits)", "sd (bits)"],
+        [[row["layer"], f"{row['mean']:.4f}", f"{row['sd']:.4f}"] for row in report.layers],
+        caption=f"Nothing is promised: sedac validate --gate entropy:{report.file}",
+    )
+    out.result(report)
+
+
 def certify_it(out: Output, model: ModelSpec, text: TextSpec, data_dir: Path, options: CertifyOptions) -> None:
     from sedac_cli.artifacts.manifest import MANIFEST, Manifest
     from sedac_cli.models import load_model
     from sedac_cli.pipeline.certify.run import certify
 
-    if not model.ref:
-        known = Manifest.read(data_dir).model if (data_dir / MANIFEST).exists() else None
-        model = replace(model, ref=known.ref if known else ModelSpec().ref)
-        if known and model.revision is None:
-            model = replace(model, revision=known.revision)
-    report = certify(load_model(model), text, options, data_dir, out.progress())
+    known = Manifest.read(data_dir).model if (data_dir / MANIFEST).exists() else None
+    report = certify(load_model(model_of(model, known)), text, options, data_dir, out.progress())
     show(out, report)
     out.result(report)
     if report.chosen is None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sedac_cli.artifacts.files import plain
 from sedac_cli.commands._common import option, sedac_command
+from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, add_online
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output
 from sedac_cli.errors import InputError, UsageError
@@ -38,6 +40,10 @@ def generate(
     top_k: Annotated[int, option("Sampling", "--top-k", min=0, help="0 keeps all tokens.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")] = False,
+    adaptive: Adaptive = None,
+    calibration_steps: CalibrationSteps = None,
+    deep_threshold: DeepThreshold = None,
+    deep_rounds: DeepRounds = None,
     show: Annotated[str, typer.Option("--show", help="text, or exits: colour tokens by what they skipped.")] = "text",
 ) -> None:
     """Generate text with a gate in force; says tokens/s and how much was skipped."""
@@ -51,8 +57,9 @@ def generate(
 
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
+    deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)
     options = GenerateOptions(max_new_tokens, temperature, top_p, top_k, seed, chat, ignore_eos)
-    result = run(loaded, plan.gate, prompts, options, plan.standin)
+    result = run(loaded, plan.gate, prompts, options, plan.standin, deep=deep)
     for index, text in enumerate(result.texts):
         if len(prompts) > 1:
             out.text(f"--- prompt {index + 1}")
@@ -65,7 +72,20 @@ def generate(
         f"(decode {result.decode_tokens_per_second:.1f}); MLP skip ratio {result.skip_ratio:.1%} "
         f"(decode {result.skip_ratio_decode:.1%}), gate {gate}"
     )
-    out.result(result)
+    if result.deep is not None:
+        out.note(
+            f"deep thinking above {result.deep.tau_high:g} bits: {result.deep.tokens} of {result.new_tokens} tokens run "
+            f"again, {result.deep.passes} more forward passes (counted in the skip ratios)"
+        )
+    thresholds = getattr(plan.gate, "adaptive", None)
+    found = None if thresholds is None else thresholds.report()
+    for row in found or []:
+        rate = "none judged yet" if row["rate"] is None else f"exit rate {row['rate']:.1%}"
+        out.note(
+            f"layer {row['layer']}: threshold {row['threshold']:.4f} after {row['tokens']} tokens, {rate}, "
+            f"target {row['target']:.1%}"
+        )
+    out.result(plain(result) | {"adaptive": found})
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

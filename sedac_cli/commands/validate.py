@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sedac_cli.commands._common import option, sedac_command
+from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, add_online, show_adaptive
 from sedac_cli.config import ModelSpec, TextSpec
 from sedac_cli.console import Output
 from sedac_cli.errors import InputError, PromiseMissedError, UsageError
@@ -40,6 +41,10 @@ def validate(
     min_agreement: Annotated[
         float | None, typer.Option("--min-agreement", min=0, max=1, help="Fail below this.")
     ] = None,
+    adaptive: Adaptive = None,
+    calibration_steps: CalibrationSteps = None,
+    deep_threshold: DeepThreshold = None,
+    deep_rounds: DeepRounds = None,
     out_file: Annotated[
         Path | None, typer.Option("--out", help="Results with raw samples; default validate.json in the data folder.")
     ] = None,
@@ -73,14 +78,22 @@ def validate(
         plan = plan_from_thresholds(chosen, path.parent, loaded.decoder, loaded.identity)
     else:
         plan = make_plan(str(gate), loaded.decoder, loaded.identity, seed=seed)
-    options = ValidateOptions(batch_size, seed, allow_overlap)
+    deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)
+    options = ValidateOptions(batch_size, seed, allow_overlap, deep)
     report, evaluation = run(loaded, plan.gate, text, options, data, plan.standin, out.progress())
     target = out_file or data_dir / "validate.json"
     make_folder(target.parent)
     sums = evaluation.per_sequence()
-    check = None if chosen is None else check_promise(chosen.promise, sums, packed=text.pack, seed=seed)
+    as_promised = chosen is not None and adaptive is None and deep is None
+    check = (
+        None if chosen is None or not as_promised else check_promise(chosen.promise, sums, packed=text.pack, seed=seed)
+    )
     document = write_validation(target, report, evaluation, check)
     show(out, report, target)
+    if chosen is not None and chosen.promise.kind == "certified" and not as_promised:
+        out.note(
+            "the promise of the thresholds file is not checked: with --adaptive or --deep-threshold it is another gate"
+        )
     if check is not None:
         show_promise(out, check)
     out.result(document)
@@ -166,6 +179,12 @@ def show(out: Output, report: ValidateReport, path: Path) -> None:
                 for b in bins
             ],
         )  # fmt: skip
+    show_adaptive(out, report.adaptive)
+    if report.deep is not None:
+        out.text(
+            f"deep thinking above {report.deep['tau_high']:g} bits: {report.deep['tokens']:,} tokens run again, "
+            f"{report.deep['passes']:.3f} passes per token (paid in every figure of what is skipped and saved)"
+        )
     out.text(f"wrote {path}")
 
 

@@ -57,6 +57,8 @@ class AdaptiveThresholds:
         self._smooth = torch.empty(count)
         self._aim = torch.empty(count)
         self._seen = torch.empty(count, dtype=torch.long)
+        self._judged = torch.empty(count, dtype=torch.long)
+        self._exited = torch.empty(count, dtype=torch.long)
         self._risks = torch.empty(count, self.window + 1)  # the last column takes what nobody reads
         self.reset()
 
@@ -66,6 +68,8 @@ class AdaptiveThresholds:
         self._smooth.zero_()
         self._aim.copy_(self._rate)
         self._seen.zero_()
+        self._judged.zero_()
+        self._exited.zero_()
         self._risks.fill_(math.inf)
 
     @torch.no_grad()
@@ -93,9 +97,12 @@ class AdaptiveThresholds:
 
     def _correct_aim(self, index: int, risk: Tensor, reached: Tensor, n: Tensor) -> None:
         """Aim higher after too few exits and lower after too many, at most three quarters of the way to the ends."""
-        share = ((risk < self.limits[index]) & reached).sum() / n.clamp_min(1)
+        exits = ((risk < self.limits[index]) & reached).sum()
+        share = exits / n.clamp_min(1)
         gain = 1.0 - (1.0 - CORRECTION) ** n
         live = (self._seen[index] >= self.calibration_steps) & (n > 0)
+        self._judged[index].add_(n * live)
+        self._exited[index].add_(exits * live)
         aim, rate = self._aim[index], self._rate[index]
         moved = (aim + gain * (rate - share)).clamp(rate / 4, (3 + rate) / 4)
         aim.copy_(torch.where(live, moved, aim))
@@ -124,9 +131,22 @@ class AdaptiveThresholds:
             "window": self.window,
         }
 
+    def report(self) -> list[dict[str, Any]]:
+        """What each checkpoint has come to. Reads the device: not for use within a pass.
+
+        `rate` is over the tokens judged since the warm-up; None when there was none.
+        """
+        columns = (self.limits, self._seen, self._judged, self._exited)
+        rows = zip(self.rates.items(), *(column.tolist() for column in columns), strict=True)
+        return [
+            {"layer": layer, "target": rate, "threshold": limit, "tokens": seen, "judged": judged,
+             "rate": exited / judged if judged else None}
+            for (layer, rate), limit, seen, judged, exited in rows
+        ]  # fmt: skip
+
     @torch.inference_mode(False)
     def to(self, device: torch.device | str) -> AdaptiveThresholds:
         """Never inference tensors: those could not be taught by a later pass outside inference mode."""
-        for name in ("limits", "_rate", "_smooth", "_aim", "_seen", "_risks"):
+        for name in ("limits", "_rate", "_smooth", "_aim", "_seen", "_judged", "_exited", "_risks"):
             setattr(self, name, getattr(self, name).to(device))
         return self

@@ -64,7 +64,7 @@ class CascadeGate(ProbeGate):
             if self.batch_rule == "max":
                 fires = _all_of_a_step(fires | latched | ~state.real, state.shape)
             latched |= fires & state.may_skip
-        return (~latched).float()
+        return ~latched
 
     def parameters(self) -> dict[str, Any]:
         return super().parameters() | {"batch_rule": self.batch_rule}

@@ -15,6 +15,7 @@ from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate, Guards, TokenState, check_layers
 from sedac_cli.gates.lens import Lens
 from sedac_cli.gates.options import REQUIRED, Option, check_options
+from sedac_cli.gpu.reference import entropy_decision
 
 GUARDS = Guards(sinks=4, first=2, last=1)
 
@@ -112,6 +113,9 @@ class EntropyGate(Gate):
     def reads(self, layer: int) -> bool:
         return layer in self.checks or layer + 1 in self.checks
 
+    def holds(self, layer: int) -> bool:
+        return not self.reads(layer) and self.anchor(layer) == self.anchor(layer - 1)
+
     def prepare(self, state: TokenState) -> None:
         state.memory["skips"] = torch.zeros_like(state.may_skip)
         for name in ("entropy", "confidence", "load"):
@@ -138,8 +142,8 @@ class EntropyGate(Gate):
             else:
                 memory["previous"] = hidden.clone()
         if self.anchor(layer):
-            return torch.ones_like(state.scale)
-        return (~memory["skips"]).float()
+            return torch.ones_like(state.may_skip)
+        return ~memory["skips"]
 
     def parameters(self) -> dict[str, Any]:
         return {
@@ -160,19 +164,6 @@ class EntropyGate(Gate):
     def cost_per_token(self, hidden_size: int) -> dict[int, float]:
         """The lens, and two norms."""
         return {layer: self.lens.cost_per_token(layer, hidden_size) + 5.0 * hidden_size for layer in self.checks}
-
-
-def entropy_decision(
-    entropy: Tensor, hidden: Tensor, previous: Tensor, mean: Tensor | float, sd: Tensor | float,
-    progress: float, threshold: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """V9's rule: entropy [n], states [n, H] x 2 -> confidence [n], load [n], skip [n]."""
-    confidence = torch.sigmoid(2.0 * (mean - entropy) / sd)
-    h = hidden.float()
-    change = (h - previous.float()).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-12)
-    calm = 1.0 / (1.0 + change)
-    load = 0.5 * (1.0 - confidence) + 0.3 * (1.0 - calm) + 0.2 * (1.0 - progress)
-    return confidence, load, confidence * calm * progress > threshold - 0.2 * progress
 
 
 def by_check(values: float | Mapping[int, float], checks: list[int], what: str) -> list[float]:

@@ -79,11 +79,14 @@ class LearnedGate(Gate):
 
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
         if layer not in self.routers:
-            return torch.ones_like(state.scale)
+            return torch.ones_like(state.may_skip)
         assert hidden is not None
         score = self.routers[layer](hidden)
         state.memory["score"] = score
-        return (score <= self.limit).float()
+        return score <= self.limit
+
+    def holds(self, layer: int) -> bool:
+        return layer not in self.routers and layer - 1 not in self.routers
 
     def parameters(self) -> dict[str, Any]:
         return {"layers": list(self.routers), "threshold": float(self.limit)}

@@ -4,7 +4,6 @@
 check). `ProbeLens` asks small trained probes: 2*(H+1)*r. Both are costed as what they are.
 
     entropy = HeadLens(decoder)(7, hidden)        # [n, H] -> [n]
-    mean, sd = lens_statistics(lens, {7: states7, 14: states14})
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from sedac_cli.errors import InputError, UsageError
+from sedac_cli.errors import InputError
 from sedac_cli.gpu.reference import linear_entropy
 from sedac_cli.probes import LREProbe
 from sedac_cli.structure import Decoder, describe
@@ -72,19 +71,6 @@ class ProbeLens:
 
     def layers(self) -> list[int]:
         return sorted(self.probes)
-
-
-@torch.no_grad()
-def lens_statistics(lens: Lens, states: Mapping[int, Tensor]) -> tuple[dict[int, float], dict[int, float]]:
-    """Mean and standard deviation of the lens entropy, by layer, over collected states [n, H] (n >= 2)."""
-    mean, sd = {}, {}
-    for layer, hidden in states.items():
-        if hidden.shape[0] < 2:
-            raise UsageError(f"layer {layer}: a standard deviation needs at least 2 states, not {hidden.shape[0]}")
-        entropy = lens(layer, hidden)
-        mean[layer] = float(entropy.mean())
-        sd[layer] = max(float(entropy.std()), 1e-6)
-    return mean, sd
 
 
 @torch.inference_mode()

@@ -52,6 +52,9 @@ class ProbeGate(Gate):
     def reads(self, layer: int) -> bool:
         return layer in self.probes
 
+    def holds(self, layer: int) -> bool:
+        return layer not in self.probes
+
     def look(self, layer: int, hidden: Tensor | None, state: TokenState, reached: Tensor) -> tuple[Tensor, Tensor]:
         """(risk [tokens], the limit it is held against); `reached` says whose risks the next limit may learn from."""
         assert hidden is not None

@@ -73,7 +73,7 @@ def build_gate(
         own = Guards(**{key: values.pop(key) for key in ("sinks", "first", "last")})
         return StabilityGate(layers, **values, guards=guards or own)
     if name == "entropy":
-        return _entropy_gate(parse_options(argument, EntropyGate.options, "gate 'entropy'"), decoder, guards)
+        return entropy_gate(parse_options(argument, EntropyGate.options, "gate 'entropy'"), decoder, guards)
     if name == "learned":
         raise UsageError("gate 'learned' comes with stand-ins: it is loaded by runtime.plan.make_plan")
     if not argument:
@@ -155,7 +155,7 @@ def _gate_from_parameters(thresholds: Thresholds, decoder: Decoder, guards: Guar
         return AlwaysGate(layers, values["layer"], guards)
     if name == "stability":
         return StabilityGate(layers, tau=values["tau"], k=values["k"], min_layer=values["min_layer"], guards=guards)
-    return _entropy_gate(values, decoder, guards)
+    return entropy_gate(values, decoder, guards)
 
 
 def _adaptive(written: Any, layers: list[int], where: str) -> AdaptiveThresholds:
@@ -168,24 +168,32 @@ def _adaptive(written: Any, layers: list[int], where: str) -> AdaptiveThresholds
     return AdaptiveThresholds(dict(zip(layers, rates, strict=True)), **values)
 
 
-def _entropy_gate(values: dict[str, Any], decoder: Decoder, guards: Guards | None) -> EntropyGate:
-    layers = decoder.num_layers
+def entropy_checks(values: Mapping[str, Any], decoder: Decoder, guards: Guards) -> list[int]:
+    """The layers an entropy gate with these options checks."""
+    if values["checks"] is not None:
+        return [_whole(number, "gate 'entropy': checks") for number in values["checks"]]
+    rule = {key: values[key] for key in ("threshold", "anchor_interval", "min_exit_layer")}
+    return EntropyGate.default_checks(decoder.num_layers, guards=guards, **rule)
+
+
+def make_lens(name: str, decoder: Decoder, checks: list[int]) -> Lens:
+    """`head`, or a folder of probes of the entropy."""
+    if name == "head":
+        return HeadLens(decoder)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(f"gate 'entropy': lens is 'head' or a folder of probes, not '{folder}'")
+    return ProbeLens({layer: load_probe(folder / probe_name(layer), decoder.hidden_size) for layer in checks})
+
+
+def entropy_gate(values: Mapping[str, Any], decoder: Decoder, guards: Guards | None = None) -> EntropyGate:
+    """From its options, `mean` and `sd` among them."""
     guards = guards or Guards(sinks=values["sinks"], first=values["first"], last=values["last"])
     rule = {key: values[key] for key in ("threshold", "anchor_interval", "min_exit_layer")}
-    where = "gate 'entropy': checks"
-    checks = None if values["checks"] is None else [_whole(number, where) for number in values["checks"]]
-    if checks is None:
-        checks = EntropyGate.default_checks(layers, guards=guards, **rule)
+    checks = entropy_checks(values, decoder, guards)
     mean, sd = (_per_check(values[name], checks, name) for name in ("mean", "sd"))
-    lens: Lens
-    if values["lens"] == "head":
-        lens = HeadLens(decoder)
-    else:
-        folder = Path(values["lens"])
-        if not folder.is_dir():
-            raise UsageError(f"gate 'entropy': lens is 'head' or a folder of probes, not '{folder}'")
-        lens = ProbeLens({layer: load_probe(folder / probe_name(layer), decoder.hidden_size) for layer in checks})
-    return EntropyGate(layers, lens, mean, sd, **rule, checks=checks, guards=guards)
+    lens = make_lens(values["lens"], decoder, checks)
+    return EntropyGate(decoder.num_layers, lens, mean, sd, **rule, checks=checks, guards=guards)
 
 
 def _per_check(values: list[float], checks: list[int], name: str) -> float | dict[int, float]:

@@ -23,7 +23,10 @@ class NeverGate(Gate):
     trivial = True
 
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
-        return torch.ones_like(state.scale)
+        return torch.ones_like(state.may_skip)
+
+    def holds(self, layer: int) -> bool:
+        return True
 
 
 class AlwaysGate(Gate):
@@ -41,7 +44,10 @@ class AlwaysGate(Gate):
         self.layer = layer
 
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
-        return torch.full_like(state.scale, 0.0 if layer >= self.layer else 1.0)
+        return torch.full_like(state.may_skip, layer < self.layer)
+
+    def holds(self, layer: int) -> bool:
+        return layer != self.layer
 
     def parameters(self) -> dict[str, Any]:
         return {"layer": self.layer}
@@ -69,7 +75,7 @@ class RandomGate(Gate):
         return torch.rand(like.shape, generator=self._generator, device=like.device)
 
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
-        return (self._coins(state.scale) >= self.probability).float()
+        return self._coins(state.scale) >= self.probability
 
     def parameters(self) -> dict[str, Any]:
         return {"probability": self.probability, "seed": self.seed}

@@ -51,6 +51,9 @@ class StabilityGate(Gate):
         """A run that counts at min_layer began k layers before it; nothing earlier matters."""
         return layer >= self.min_layer - self.k
 
+    def holds(self, layer: int) -> bool:
+        return not self.reads(layer)
+
     def prepare(self, state: TokenState) -> None:
         state.memory["latched"] = torch.zeros_like(state.may_skip)
         state.memory["run"] = torch.zeros_like(state.exit_layer)
@@ -58,7 +61,7 @@ class StabilityGate(Gate):
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
         latched, run = state.memory["latched"], state.memory["run"]
         if not self.reads(layer):
-            return (~latched).float()
+            return ~latched
         assert hidden is not None
         if "previous" in state.memory:
             previous = state.memory["previous"]
@@ -69,7 +72,7 @@ class StabilityGate(Gate):
             previous.copy_(hidden)
         else:
             state.memory["previous"] = hidden.clone()  # a runtime may add the next layers into `hidden` in place
-        return (~latched).float()
+        return ~latched
 
     def parameters(self) -> dict[str, Any]:
         return {"tau": self.tau, "k": self.k, "min_layer": self.min_layer}

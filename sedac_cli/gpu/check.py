@@ -46,8 +46,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     yield "conditional", {"SET_CONDITION": 1}
     for t, nt, gated in product((1, 2), (1, 2, 4, 8), (0, 1)):
         for act in (1, 2, 3) if gated else (0, 1):
-            for per_block in (1,) if gated else (1, 2):
-                yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block)
+            for per_block, loop in product((1,) if gated else (1, 2), (False, True)):
+                yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop)
     for t in range(3):
         yield "decode", {"T": t, "ENTRY": 1}
         yield "decode", {"T": t, "ENTRY": 2}

@@ -156,13 +156,24 @@ def fused_entropy_decision(
 ) -> Decision:
     """The V9 rule: skip iff confidence * stability * p > threshold - 0.2 p. A NaN never skips."""
     entropy = fused_entropy(logits).entropy
-    now, before = hidden.float(), prev_hidden.float()
     spread = std.clamp_min(1e-6) if isinstance(std, Tensor) else max(std, 1e-6)
-    confidence = torch.sigmoid(2.0 * (mean - entropy) / spread)
-    stability = 1.0 / (1.0 + (now - before).norm(dim=-1) / now.norm(dim=-1).clamp_min(1e-12))
-    decision = confidence * stability * layer_progress > threshold - 0.2 * layer_progress
-    load = 0.5 * (1.0 - confidence) + 0.3 * (1.0 - stability) + 0.2 * (1.0 - layer_progress)
+    confidence, load, decision = entropy_decision(
+        entropy, hidden, prev_hidden, mean, spread, layer_progress, threshold
+    )  # fmt: skip
     return Decision(entropy, confidence, decision, load)
+
+
+def entropy_decision(
+    entropy: Tensor, hidden: Tensor, previous: Tensor, mean: Tensor | float, sd: Tensor | float,
+    progress: float, threshold: float | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The V9 rule from entropies [n] and states [n, H] x 2: confidence [n], load [n], skip [n]; sd > 0."""
+    confidence = torch.sigmoid(2.0 * (mean - entropy) / sd)
+    h = hidden.float()
+    change = (h - previous.float()).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-12)
+    calm = 1.0 / (1.0 + change)
+    load = 0.5 * (1.0 - confidence) + 0.3 * (1.0 - calm) + 0.2 * (1.0 - progress)
+    return confidence, load, confidence * calm * progress > threshold - 0.2 * progress
 
 
 def probe_risk(

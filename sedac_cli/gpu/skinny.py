@@ -27,10 +27,10 @@ STAGES = 4
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
-def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int = 1) -> dict[str, int]:
+def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int, loop: bool) -> dict[str, int]:
     return {
         "T": element, "NT": tiles, "TILES": per_block, "GATED": int(gated), "ACT": act,
-        "STAGES": max(2, STAGES // (2 if gated else per_block)), "WARPS": WARPS,
+        "STAGES": max(2, STAGES // (2 if gated else per_block)), "WARPS": WARPS, "LOOP": int(loop),
     }  # fmt: skip
 
 
@@ -125,7 +125,9 @@ def _launch(
     processors = properties(device_index(x.device)).multi_processor_count
     per_block = 2 if not gated and tiles > 2 * processors else 1
     items = -(-tiles // per_block)
-    constants = skinny_constants(kind(x, "x"), groups, gated, ACTIVATIONS[activation], per_block)
+    constants = skinny_constants(
+        kind(x, "x"), groups, gated, ACTIVATIONS[activation], per_block, items > 2 * processors
+    )
     w: list[Tensor | None] = [*weights, *[None] * (3 - len(weights))]
     b: list[Tensor | None] = [*biases, *[None] * (3 - len(biases))]
     n = [I32(0 if one is None else one.shape[0]) for one in w]

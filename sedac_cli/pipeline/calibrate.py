@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sedac_cli.artifacts.files import folder_lock, make_folder, sha256_file
-from sedac_cli.artifacts.manifest import Manifest, make_step
+from sedac_cli.artifacts.manifest import MANIFEST, Manifest, make_step
 from sedac_cli.artifacts.thresholds import GuardSettings, ProbeFile, Promise, Thresholds
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Guards
@@ -122,13 +122,8 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
         promise=Promise(kind="exit-rate", target={"rates": list(rates)}),
         model=data.manifest.model,
     )
-    with folder_lock(folder):
-        thresholds.write(path)
-        manifest = Manifest.read(folder)
-        settings = asdict(options) | {"rates": list(rates), "out": str(path)}
-        files = {path.name: sha256_file(path)} if path.parent.resolve() == folder.resolve() else {}
-        manifest.steps[STEP] = make_step(settings, files, {"thresholds": thresholds.thresholds})
-        manifest.write(folder)
+    settings = asdict(options) | {"rates": list(rates), "out": str(path)}
+    write_thresholds(thresholds, path, folder, settings)
     return CalibrateReport(
         file=path,
         gate=name,
@@ -139,6 +134,20 @@ def calibrate(folder: Path, options: CalibrateOptions) -> CalibrateReport:
         exited_share=float((outcome.exit_layer < num_layers).float().mean()),
         mlp_skip_ratio=float(outcome.skipped_per_layer.sum()) / (outcome.tokens * num_layers),
     )
+
+
+def write_thresholds(thresholds: Thresholds, path: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """The file, and the step in the manifest of the data folder, if there is one."""
+    if not (folder / MANIFEST).exists():
+        thresholds.write(path)
+        return
+    with folder_lock(folder):
+        thresholds.write(path)
+        manifest = Manifest.read(folder)
+        files = {path.name: sha256_file(path)} if path.parent.resolve() == folder.resolve() else {}
+        summary = {"thresholds": thresholds.thresholds, "parameters": thresholds.parameters}
+        manifest.steps[STEP] = make_step(settings, files, summary)
+        manifest.write(folder)
 
 
 @torch.no_grad()

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from sedac_cli.corpus import Corpus, pad_batch
 from sedac_cli.gates.base import Gate
-from sedac_cli.gpu.reference import entropy_of_logits, kl_of_logits, row_chunks
+from sedac_cli.gates.deep import DeepThinking
+from sedac_cli.gpu.reference import entropy_of_logits, kl_of_logits, linear_entropy, row_chunks
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.simulate import Outcome, join, simulate
+from sedac_cli.runtime.deep import Thought
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.standins import StandIn
 
@@ -46,6 +48,8 @@ class Evaluation:
     context: float
     seconds_dense: float
     seconds_gated: float
+    thought: int = 0
+    """Tokens that deep thinking ran again; `real.again` counts every token of those passes."""
 
     @property
     def predicted(self) -> int:
@@ -101,13 +105,17 @@ def evaluate(
     batch_size: int,
     standin: StandIn | None = None,
     progress: Progress = quiet_progress,
+    deep: DeepThinking | None = None,
 ) -> Evaluation:
-    """Dense and gated passes over every batch. The gate also decides on the dense pass's states: the simulation."""
+    """Dense and gated passes over every batch. The gate also decides on the dense pass's states: the simulation.
+
+    With `deep`, uncertain tokens are run again; what that costs is taken off what each token skipped.
+    """
     decoder = loaded.decoder
     parts: list[dict[str, Tensor]] = []
     real, simulated = [], []
     seconds = {"dense": 0.0, "gated": 0.0}
-    first = 0
+    first = thought_again = 0
     reads = [layer for layer in range(decoder.num_layers) if gate.reads(layer)]
     watch = decoder.at_checkpoint if gate.looks_at == "entry" else decoder.at_mlp
     gate.to(decoder.device)
@@ -127,15 +135,24 @@ def evaluate(
             with skipping(
                 loaded.model, gate, standin, decoder=decoder, keep_passes=True, prefill=gate.guards.prefill
             ) as run:
-                gated, took = _timed(partial(decoder.last_hidden, ids, given))
+                work = partial(decoder.last_hidden, ids, given)
+                if deep is not None:
+                    thought = Thought(run, deep)
+                    bits = partial(_final_entropy, loaded)
+                    work = partial(thought.answer, work, bits, mask.bool(), lambda: None)
+                gated, took = _timed(work)
                 seconds["gated"] += took
-            done = run.passes[0]
+            if deep is not None:
+                thought_again += thought.tokens
+            done, again = run.passes[-1], len(run.passes) - 1
             per_layer = torch.tensor(run.skipped_per_layer, device=ids.device)
             keep = done.real
-            real.append(Outcome(done.exit_layer[keep], done.skipped[keep], per_layer, int(keep.sum())))
+            tokens = int(keep.sum())
+            skipped = torch.stack([p.skipped for p in run.passes]).sum(dim=0) - again * decoder.num_layers
+            real.append(Outcome(done.exit_layer[keep], skipped[keep], per_layer, tokens, again * tokens))
             predicts = keep[:, :-1] & keep[:, 1:]
             part = _compare(dense[:, :-1][predicts], gated[:, :-1][predicts], ids[:, 1:][predicts], loaded)
-            part["skipped"] = done.skipped[:, :-1][predicts]
+            part["skipped"] = skipped[:, :-1][predicts]
             part["exit_layer"] = done.exit_layer[:, :-1][predicts]
             number = torch.arange(first, first + len(samples), device=ids.device)
             part["sequence"] = number.unsqueeze(1).expand(predicts.shape)[predicts]
@@ -146,12 +163,18 @@ def evaluate(
     outcome = join(real)
     return Evaluation(
         columns, decoder.num_layers, outcome, join(simulated), outcome.tokens / first, seconds["dense"],
-        seconds["gated"],
+        seconds["gated"], thought_again,
     )  # fmt: skip
 
 
 def _keep(states: dict[int, Tensor], device: torch.device, layer: int, hidden: Tensor) -> None:
     states[layer] = hidden.reshape(-1, hidden.shape[-1]).to(device)
+
+
+def _final_entropy(loaded: LoadedModel, hidden: Tensor) -> Tensor:
+    """[B, T, H] of the last layer -> bits, [B, T]."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return linear_entropy(rows, loaded.decoder.head, loaded.decoder.vocab_size).view(hidden.shape[:2])
 
 
 def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Gate
 from sedac_cli.pipeline.data import CollectedData
+from sedac_cli.runtime.deep import not_learning
 
 
 @dataclass
@@ -26,32 +27,41 @@ class Outcome:
     skipped: Tensor
     skipped_per_layer: Tensor
     tokens: int
+    again: int = 0
+    """Tokens that went through the model once more (deep thinking), counted each time; nets every rate."""
 
     @property
     def skip_rates(self) -> list[float]:
-        return (self.skipped_per_layer.double() / max(1, self.tokens)).tolist()
+        return ((self.skipped_per_layer.double() - self.again) / max(1, self.tokens)).tolist()
+
+    @property
+    def passes(self) -> float:
+        """How often a token went through the model."""
+        return 1 + self.again / max(1, self.tokens)
 
 
 @torch.no_grad()
 def simulate(
     gate: Gate, states: dict[int, Tensor], *, shape: tuple[int, int], position: Tensor, real: Tensor
 ) -> Outcome:
-    """Decide layer by layer on given states; `states` holds [B*T, hidden] for every layer the gate reads."""
+    """Decide layer by layer on given states; `states` holds [B*T, hidden] for every layer the gate reads. Adaptive
+    thresholds are taken as they stand: they learn from what really runs."""
     state = gate.start(
         shape[0] * shape[1], real.device, shape=shape, position=position, real=real, prefill=gate.guards.prefill
     )
     skipped = torch.zeros_like(state.exit_layer)
     per_layer = torch.zeros(gate.num_layers, dtype=torch.long, device=real.device)
-    for layer in range(gate.num_layers):
-        if gate.reads(layer) and layer not in states:
-            raise InputError(
-                f"gate '{gate.name}' reads layer {layer}, whose states were not collected",
-                hint=f"collect with --layers {','.join(str(x) for x in range(gate.num_layers) if gate.reads(x))}",
-            )
-        gate.decide(layer, states.get(layer), state)
-        skips = (state.scale == 0) & state.real
-        skipped += skips
-        per_layer[layer] = skips.sum()
+    with not_learning(gate):
+        for layer in range(gate.num_layers):
+            if gate.reads(layer) and layer not in states:
+                raise InputError(
+                    f"gate '{gate.name}' reads layer {layer}, whose states were not collected",
+                    hint=f"collect with --layers {','.join(str(x) for x in range(gate.num_layers) if gate.reads(x))}",
+                )
+            gate.decide(layer, states.get(layer), state)
+            skips = (state.scale == 0) & state.real
+            skipped += skips
+            per_layer[layer] = skips.sum()
     return Outcome(state.exit_layer[real], skipped[real], per_layer, int(real.sum()))
 
 
@@ -75,6 +85,7 @@ def join(outcomes: list[Outcome]) -> Outcome:
         torch.cat([o.skipped for o in outcomes]),
         torch.stack([o.skipped_per_layer for o in outcomes]).sum(dim=0),
         sum(o.tokens for o in outcomes),
+        sum(o.again for o in outcomes),
     )
 
 

@@ -6,7 +6,7 @@ report = validate(loaded, gate, text, ValidateOptions(), data=CollectedData.open
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sedac_cli.corpus import Corpus
 from sedac_cli.costs import Costs, model_costs
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Gate
+from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.data import CollectedData
@@ -35,6 +36,7 @@ class ValidateOptions:
     batch_size: int = 8
     seed: int = 0
     allow_overlap: bool = False
+    deep: DeepThinking | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class ValidateReport:
     bins: dict[str, list[dict[str, Any]]]
     seconds_dense: float
     seconds_gated: float
+    adaptive: list[dict[str, Any]] | None = None
+    """Adaptive thresholds: what each checkpoint came to."""
+    deep: dict[str, Any] | None = None
+    """Deep thinking: its settings, tokens run again, and forward passes per token. What they cost is in every figure."""
 
 
 def validate(
@@ -83,7 +89,7 @@ def validate(
         data.manifest.model.require_same(loaded.identity, str(data.folder))
         if not options.allow_overlap:
             refuse_overlap(corpus, data)
-    evaluation = evaluate(loaded, gate, corpus, options.batch_size, standin, progress)
+    evaluation = evaluate(loaded, gate, corpus, options.batch_size, standin, progress, options.deep)
     costs = model_costs(loaded.decoder, int(evaluation.context))
     entropy = _entropy_by_exit(evaluation)
     collected = None
@@ -109,6 +115,10 @@ def validate(
         bins={"target frequency": frequency_bins(evaluation), "dense entropy": entropy_bins(evaluation)},
         seconds_dense=evaluation.seconds_dense,
         seconds_gated=evaluation.seconds_gated,
+        adaptive=None if (adaptive := getattr(gate, "adaptive", None)) is None else adaptive.report(),
+        deep=None
+        if options.deep is None
+        else asdict(options.deep) | {"tokens": evaluation.thought, "passes": evaluation.real.passes},
     )
     return report, evaluation
 
@@ -122,9 +132,12 @@ def decisions(
     reached = [(outcome.exit_layer >= layer).sum().clamp_min(1) for layer in range(layers)]
     exits = [float((outcome.exit_layer == layer).sum() / reached[layer]) for layer in range(layers)]
     instead = standin or ZeroStandIn()
+    # Of one pass: a token that is run again pays for everything again.
+    per_pass = [1 - (1 - rate) / outcome.passes for rate in rates]
     saved = costs.saved(
-        rates, gate.cost_per_token(hidden_size), [instead.cost_per_token(layer) for layer in range(layers)]
+        per_pass, gate.cost_per_token(hidden_size), [instead.cost_per_token(layer) for layer in range(layers)]
     )
+    saved = 1 - outcome.passes * (1 - saved)
     return Decisions(
         tokens=outcome.tokens,
         skip_rates=rates,

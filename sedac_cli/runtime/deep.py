@@ -1,13 +1,17 @@
 """Deep thinking in the eager runtime: run gated, look at the final entropy, run uncertain tokens again with all skips off.
 
-result = deep_forward(model, gate, input_ids, policy=DeepThinking(tau_high=4.5, max_rounds=2))
-result.rounds        # [B, T]: how often each token was run again
+with skipping(model, gate) as run, thinking(run, DeepThinking(tau_high=4.5, max_rounds=2)) as thought:
+    model.generate(**inputs)
+thought.tokens, thought.passes      # tokens run again, forward passes that took
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +21,112 @@ from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate
 from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.gpu.reference import linear_entropy
+from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.runtime.skip import SkipRun, skipping
 from sedac_cli.standins import StandIn
 from sedac_cli.structure import Decoder
+
+
+@dataclass
+class Thought:
+    """What was thought again, over all calls. Adaptive thresholds learn from first passes only: the others repeat."""
+
+    run: SkipRun
+    policy: DeepThinking
+    calls: list[int] = field(default_factory=list)
+    """Forward passes of each call, the first one included."""
+    rounds: list[Tensor] = field(default_factory=list)
+    """[B, T] of each call: how often each token was run again with all skips off."""
+    entropy: Tensor | None = None
+    """[B, T], bits, of the last call's answer."""
+
+    @property
+    def passes(self) -> int:
+        """Forward passes beyond one per call."""
+        return sum(self.calls) - len(self.calls)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were run again at least once."""
+        return sum(int((rounds > 0).sum()) for rounds in self.rounds)
+
+    def answer(
+        self, call: Callable[[], Any], entropy_of: Callable[[Any], Tensor], real: Tensor, rewind: Callable[[], None]
+    ) -> Any:
+        """What `call` returns once no real token is uncertain, or once the rounds are used up.
+
+        `entropy_of` gives the final entropies [B, T] of an answer; `rewind` undoes what a call left behind.
+        """
+        result = call()
+        entropy = entropy_of(result)
+        force = torch.zeros_like(real)
+        rounds = torch.zeros_like(real, dtype=torch.long)
+        passes = 1
+        try:
+            with not_learning(self.run.gate):
+                for round in range(1, self.policy.max_rounds + 1):
+                    wanted = self.policy.rerun(entropy, real, force, round)
+                    if torch.equal(wanted, force):
+                        break
+                    force = wanted
+                    rewind()
+                    self.run.force = force
+                    result = call()
+                    entropy = entropy_of(result)
+                    rounds += force
+                    passes += 1
+        finally:
+            self.run.force = None
+        self.calls.append(passes)
+        self.rounds.append(rounds)
+        self.entropy = entropy
+        return result
+
+
+@contextlib.contextmanager
+def thinking(run: SkipRun, policy: DeepThinking) -> Iterator[Thought]:
+    """In this context every call of the run's model, those of `generate` included, thinks again where it is unsure.
+
+    A call that goes on from a cache takes its own entries back before the next round writes them. Where the model is
+    asked for the last logits alone (`generate`), the other tokens of that pass have no answer to be unsure of.
+    """
+    model = run.decoder.model
+    original, own = model.forward, model.__dict__.get("forward")
+    signature = inspect.signature(original)
+    thought = Thought(run, policy)
+
+    @functools.wraps(original)  # `generate` reads the signature to learn what the model takes
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called = signature.bind_partial(*args, **kwargs).arguments
+        called |= called.pop("kwargs", {})
+        ids, cache = called.get("input_ids"), called.get("past_key_values")
+        shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])
+        if cache is not None and not hasattr(cache, "crop"):
+            raise UsageError(
+                f"deep thinking needs a cache it can take entries back from; {type(cache).__name__} cannot"
+            )
+        place = run.decoder.device
+        _, real = positions(
+            shape, called.get("attention_mask"), called.get("position_ids"), past_length(cache), place
+        )  # fmt: skip
+
+        def entropy_of(output: Any) -> Tensor:
+            return logit_entropy(output.logits, shape).to(place)
+
+        def rewind() -> None:
+            if cache is not None:
+                cache.crop(-shape[1])
+
+        return thought.answer(lambda: original(*args, **kwargs), entropy_of, real.view(shape), rewind)
+
+    model.forward = forward
+    try:
+        yield thought
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
 
 
 @dataclass(frozen=True)
@@ -52,56 +159,29 @@ def deep_forward(
 ) -> DeepResult:
     """One forward pass under `gate`, and up to `policy.max_rounds` more in which uncertain tokens skip nothing.
 
-    `cache`: past key values to go on from (a decode step); each round takes its own entries back before the next one
-    writes them. Adaptive thresholds learn from the first pass only: the others repeat its tokens.
+    `cache`: past key values to go on from (a decode step).
     """
-    if cache is not None and not hasattr(cache, "crop"):
-        raise UsageError(f"deep thinking needs a cache it can take entries back from; {type(cache).__name__} cannot")
-    ids = input_ids.to(decoder.device)
-    real = _real(attention_mask, ids)
-    with skipping(decoder.model, gate, standin, decoder=decoder) as run:
-
-        def forward() -> Any:
-            return decoder.model(
-                input_ids=ids,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **inputs,
-            )
-
-        logits = forward().logits
-        entropy = _entropy(logits)
-        force = torch.zeros_like(real)
-        rounds = torch.zeros_like(ids)
-        passes = 1
-        with _not_learning(gate):
-            for round in range(1, policy.max_rounds + 1):
-                wanted = policy.rerun(entropy, real, force, round)
-                if torch.equal(wanted, force):
-                    break
-                force = wanted
-                if cache is not None:
-                    cache.crop(-ids.shape[1])
-                run.force = force
-                logits = forward().logits
-                entropy = _entropy(logits)
-                rounds += force
-                passes += 1
-    return DeepResult(logits, entropy, rounds, passes, run, cache)
+    with skipping(decoder.model, gate, standin, decoder=decoder) as run, thinking(run, policy) as thought:
+        logits = decoder.model(
+            input_ids=input_ids.to(decoder.device),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **inputs,
+        ).logits
+    assert thought.entropy is not None
+    return DeepResult(logits, thought.entropy, thought.rounds[0], thought.calls[0], run, cache)
 
 
-def _entropy(logits: Tensor) -> Tensor:
+def logit_entropy(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[B, K, V] logits of the last K positions -> their entropies in bits, [B, T]; 0 where there are no logits."""
     rows = logits.reshape(-1, logits.shape[-1])
-    return linear_entropy(rows, lambda part: part, rows.shape[-1]).view(logits.shape[:2])
+    known = linear_entropy(rows, lambda part: part, rows.shape[-1]).view(logits.shape[:2])
+    entropy = torch.zeros(shape, device=known.device)
+    entropy[:, -known.shape[1] :] = known
+    return entropy
 
 
-def _real(mask: Tensor | None, ids: Tensor) -> Tensor:
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    return mask.to(ids.device)[:, -ids.shape[1] :].bool()
-
-
-def _not_learning(gate: Gate) -> contextlib.AbstractContextManager[None]:
+def not_learning(gate: Gate) -> contextlib.AbstractContextManager[None]:
     adaptive = getattr(gate, "adaptive", None)
     return contextlib.nullcontext() if adaptive is None else adaptive.paused()

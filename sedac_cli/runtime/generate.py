@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Gate
+from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.deep import thinking
 from sedac_cli.runtime.skip import Pass, skipping
 from sedac_cli.standins import StandIn
 
@@ -33,17 +37,31 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class TokenDecision:
-    """A generated token and what the pass that produced it skipped."""
+    """A generated token and what the pass that produced it skipped; `rounds`: how often that pass was run again."""
 
     text: str
     token: int
     skipped: int
     exit_layer: int
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class DeepReport:
+    """Deep thinking: generated tokens that were computed again, and the forward passes this took."""
+
+    tau_high: float
+    max_rounds: int
+    tokens: int
+    passes: int
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Rates count generated tokens of all prompts; `decode_*` leaves the prompt pass out."""
+    """Rates count generated tokens of all prompts; `decode_*` leaves the prompt pass out.
+
+    Skip ratios are 1 - MLPs run / MLPs that a dense model runs once: what is computed again counts against them.
+    """
 
     texts: list[str]
     tokens: list[list[TokenDecision]]
@@ -57,6 +75,9 @@ class Generated:
     skip_ratio_decode: float
     average_exit_layer: float
     num_layers: int
+    skip_ratios: list[float]
+    """Of each prompt."""
+    deep: DeepReport | None = None
 
 
 @torch.inference_mode()
@@ -67,6 +88,7 @@ def generate(
     options: GenerateOptions,
     standin: StandIn | None = None,
     on_pass: Callable[[Pass], None] | None = None,
+    deep: DeepThinking | None = None,
 ) -> Generated:
     inputs = encode_prompts(loaded, prompts, options)
     width = inputs["input_ids"].shape[1]
@@ -82,17 +104,29 @@ def generate(
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     if options.ignore_eos:
         sampling |= {"eos_token_id": None}
-    with skipping(loaded.model, gate, standin, decoder=loaded.decoder, keep_passes=True, on_pass=on_pass) as run:
+    with ExitStack() as stack:
+        run = stack.enter_context(
+            skipping(loaded.model, gate, standin, decoder=loaded.decoder, keep_passes=True, on_pass=on_pass)
+        )
+        thought = None if deep is None else stack.enter_context(thinking(run, deep))
         began = time.perf_counter()
         out = loaded.model.generate(
-            **inputs, max_new_tokens=options.max_new_tokens, pad_token_id=loaded.tokenizer.pad_token_id, **sampling
-        )
+            **inputs, max_new_tokens=options.max_new_tokens, pad_token_id=loaded.tokenizer.pad_token_id,
+            use_cache=True, **sampling,
+        )  # fmt: skip
         if out.is_cuda:
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
     ends = set() if options.ignore_eos else set(end_tokens(loaded))
-    return _describe(loaded, run.passes, new, ends, int(inputs["attention_mask"].sum()), total)
+    passes = iter(run.passes)
+    steps = [list(islice(passes, count)) for count in (thought.calls if thought else [1] * len(run.passes))]
+    rounds = [r[:, -1] for r in thought.rounds] if thought else [torch.zeros_like(new[:, 0])] * len(steps)
+    result = _describe(loaded, steps, rounds, new, ends, inputs["attention_mask"].sum(dim=1).tolist(), total)
+    if deep is None or thought is None:
+        return result
+    again = sum(token.rounds > 0 for row in result.tokens for token in row)
+    return replace(result, deep=DeepReport(deep.tau_high, deep.max_rounds, again, thought.passes))
 
 
 def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOptions) -> dict[str, torch.Tensor]:
@@ -117,11 +151,18 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
 
 
 def _describe(
-    loaded: LoadedModel, passes: list[Pass], new: torch.Tensor, ends: set[int], prompt_tokens: int, total: float
-) -> Generated:
+    loaded: LoadedModel, steps: list[list[Pass]], rounds: list[torch.Tensor], new: torch.Tensor, ends: set[int],
+    prompt_tokens: list[int], total: float,
+) -> Generated:  # fmt: skip
+    """`steps`: the passes behind each generated token, the last of which produced it."""
     layers = loaded.decoder.num_layers
-    skipped = torch.stack([p.skipped[:, -1] for p in passes], dim=1)[:, : new.shape[1]].cpu()
-    exits = torch.stack([p.exit_layer[:, -1] for p in passes], dim=1)[:, : new.shape[1]].cpu()
+    skipped = torch.stack([step[-1].skipped[:, -1] for step in steps], dim=1).tolist()
+    exits = torch.stack([step[-1].exit_layer[:, -1] for step in steps], dim=1).tolist()
+    again = torch.stack(rounds, dim=1).tolist()
+    # After the prompt each token counts once, even for a model that has no cache and runs them all again.
+    seen = [step if index == 0 else [_last_row(p) for p in step] for index, step in enumerate(steps)]
+    run = [torch.stack([((layers - p.skipped) * p.real).sum(dim=1) for p in step]).sum(dim=0) for step in seen]
+    work = torch.stack(run, dim=1).tolist()
     rows: list[list[TokenDecision]] = []
     texts = []
     for b, ids in enumerate(new.tolist()):
@@ -129,31 +170,39 @@ def _describe(
         texts.append(loaded.tokenizer.decode(ids[:length], skip_special_tokens=True))
         rows.append(
             [
-                TokenDecision(loaded.tokenizer.decode([ids[i]]), ids[i], int(skipped[b, i]), int(exits[b, i]))
+                TokenDecision(loaded.tokenizer.decode([ids[i]]), ids[i], skipped[b][i], exits[b][i], again[b][i])
                 for i in range(length)
             ]
         )
     count = sum(map(len, rows))
-    prefill = passes[0].seconds
+    # What padding after an end did is nobody's.
+    ran = [(work[b][0], sum(work[b][1 : len(row)])) for b, row in enumerate(rows)]
+    dense = [(prompt * layers, (len(row) - 1) * layers) for prompt, row in zip(prompt_tokens, rows, strict=True)]
+    ran_later, dense_later = sum(r[1] for r in ran), sum(d[1] for d in dense)
+    prefill = sum(p.seconds for p in steps[0])
     decode = total - prefill
-    after = [t for row in rows for t in row[1:]]
     everything = [t for row in rows for t in row]
-    skipped_later = sum(t.skipped for t in after)  # what padding after an end did is nobody's
-    skipped_all = int(passes[0].skipped[passes[0].real].sum()) + skipped_later
     return Generated(
         texts=texts,
         tokens=rows,
-        prompt_tokens=prompt_tokens,
+        prompt_tokens=sum(prompt_tokens),
         new_tokens=count,
         prefill_seconds=prefill,
         decode_seconds=decode,
         tokens_per_second=count / total,
-        decode_tokens_per_second=len(after) / decode if after else 0.0,
-        skip_ratio=skipped_all / max(1, (prompt_tokens + len(after)) * layers),
-        skip_ratio_decode=skipped_later / max(1, len(after) * layers),
+        decode_tokens_per_second=(count - len(rows)) / decode if count > len(rows) else 0.0,
+        skip_ratio=1 - (sum(r[0] for r in ran) + ran_later) / max(1, sum(d[0] for d in dense) + dense_later),
+        skip_ratio_decode=1 - ran_later / dense_later if dense_later else 0.0,
         average_exit_layer=sum(t.exit_layer for t in everything) / max(1, len(everything)),
         num_layers=layers,
+        skip_ratios=[1 - sum(r) / max(1, sum(d)) for r, d in zip(ran, dense, strict=True)],
     )
+
+
+def _last_row(done: Pass) -> Pass:
+    return replace(
+        done, skipped=done.skipped[:, -1:], exit_layer=done.exit_layer[:, -1:], real=done.real[:, -1:]
+    )  # fmt: skip
 
 
 def end_tokens(loaded: LoadedModel) -> list[int]:

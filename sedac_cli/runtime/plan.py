@@ -5,6 +5,7 @@ plan = make_plan("learned:sedac_data/sedac_gates.pth@0.25", loaded.decoder, load
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from sedac_cli.artifacts.gates_file import GatesFile
 from sedac_cli.artifacts.manifest import ModelIdentity
 from sedac_cli.artifacts.thresholds import FROM_GATES_FILE, Thresholds
 from sedac_cli.errors import InputError, UsageError
+from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
+from sedac_cli.gates.probed import ProbeGate
 from sedac_cli.gates.registry import build_gate, gate_from_thresholds, read_thresholds
 from sedac_cli.probes import LREProbe
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -46,6 +49,18 @@ def make_plan(
     if name == "learned":
         raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
     return Plan(build_gate(spec, decoder, guards=guards, seed=seed, identity=identity), ZeroStandIn())
+
+
+def adapt(plan: Plan, rates: Sequence[float], calibration_steps: int = 50) -> AdaptiveThresholds:
+    """Let the plan's probe gate find its thresholds while it runs, for these exit rates (one each, or one for all)."""
+    gate = plan.gate
+    if not isinstance(gate, ProbeGate):
+        raise UsageError(f"gate '{gate.name}' has no thresholds to adapt", hint="fixed, cascade and soft have")
+    rates = [*rates] * len(gate.checkpoints) if len(rates) == 1 else rates
+    if len(rates) != len(gate.checkpoints):
+        raise UsageError(f"{len(rates)} exit rates for {len(gate.checkpoints)} checkpoints {gate.checkpoints}")
+    gate.adaptive = AdaptiveThresholds(dict(zip(gate.checkpoints, rates, strict=True)), calibration_steps)
+    return gate.adaptive
 
 
 def plan_from_thresholds(

@@ -53,6 +53,8 @@ class SkipRun:
     on_pass: Callable[[Pass], None] | None = None
     force: Tensor | None = None
     """[B, T] of the next passes: tokens that run every MLP whatever the gate says. None: nobody."""
+    real: Tensor | None = None
+    """[B, T] of the next passes: which rows are tokens, where padding is not masked for the model."""
     prefill: bool | None = None
 
     def __post_init__(self) -> None:
@@ -160,6 +162,8 @@ class _Installed:
         mask = called.get("attention_mask")
         past = past_length(called.get("past_key_values"))
         position, real = positions(shape, mask, called.get("position_ids"), past, device)
+        if self.run.real is not None:
+            real = real & self.run.real.to(device).reshape(-1)
         force = None if self.run.force is None else self.run.force.to(device).reshape(-1)
         prefill = (past == 0 or shape[1] > 1) if self.run.prefill is None else self.run.prefill
         self.state = self.gate.start(

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from conftest import tiny_model
-from gate_helpers import ColumnLens, by_hand, random_probe, random_states
+from gate_helpers import ColumnLens, by_hand, random_probe
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Guards
-from sedac_cli.gates.entropy import EntropyGate, entropy_decision
-from sedac_cli.gates.lens import HeadLens, ProbeLens, find_final_norm, lens_statistics
-from sedac_cli.gpu.reference import entropy_of_logits
+from sedac_cli.gates.entropy import EntropyGate
+from sedac_cli.gates.lens import HeadLens, ProbeLens, find_final_norm
+from sedac_cli.gpu.reference import entropy_decision, entropy_of_logits
 from sedac_cli.structure import find_decoder
 
 OPEN = Guards()
@@ -137,13 +137,3 @@ def test_the_final_norm_is_found_by_what_it_does():
     model.model.register_forward_hook(lambda m, a, o: setattr(o, "last_hidden_state", o.last_hidden_state + 1))
     with pytest.raises(InputError, match="final norm"):
         find_final_norm(find_decoder(model))
-
-
-def test_statistics_are_those_of_the_lens():
-    lens, states = ProbeLens({2: random_probe(8)}), {2: random_states(1, 50, 8)[0]}
-    mean, sd = lens_statistics(lens, states)
-    entropy = lens(2, states[2])
-    assert mean[2] == pytest.approx(entropy.mean().item())
-    assert sd[2] == pytest.approx(entropy.std().item())
-    with pytest.raises(UsageError, match="at least 2 states"):
-        lens_statistics(lens, {2: states[2][:1]})

@@ -10,7 +10,7 @@ from gate_helpers import by_hand, random_probe
 from sedac_cli.gates.base import Guards
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
 from sedac_cli.gates.entropy import EntropyGate
-from sedac_cli.gates.lens import HeadLens, lens_statistics
+from sedac_cli.gates.lens import HeadLens
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gates.stability import StabilityGate, cosine
 from sedac_cli.runtime.skip import skipping
@@ -59,7 +59,9 @@ def gates(decoder, states, loose):
     limits = {layer: between(probe(states[layer]), 0.4) if loose else 0.0 for layer, probe in probes.items()}
     turns = torch.stack([cosine(states[layer], states[layer - 1]) for layer in range(1, L)])
     lens = HeadLens(decoder)
-    mean, sd = lens_statistics(lens, {2: states[2], 4: states[4]})
+    entropy = {layer: lens(layer, states[layer]) for layer in (2, 4)}
+    mean = {layer: bits.mean().item() for layer, bits in entropy.items()}
+    sd = {layer: bits.std().item() for layer, bits in entropy.items()}
     return {
         "fixed": FixedGate(L, {3: probes[3]}, {3: limits[3]}, guards=GUARDS),
         "cascade": CascadeGate(L, probes, limits, guards=GUARDS),

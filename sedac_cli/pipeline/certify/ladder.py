@@ -18,15 +18,17 @@ import numpy as np
 
 from sedac_cli.artifacts.files import sha256_file
 from sedac_cli.artifacts.gates_file import GatesFile
-from sedac_cli.artifacts.manifest import ModelIdentity
+from sedac_cli.artifacts.manifest import MANIFEST, ModelIdentity
 from sedac_cli.artifacts.thresholds import FROM_GATES_FILE, PROBED, GuardSettings, ProbeFile, Promise, Thresholds
 from sedac_cli.errors import UsageError, did_you_mean
-from sedac_cli.gates.base import Guards, check_layers
-from sedac_cli.gates.entropy import EntropyGate
+from sedac_cli.gates.base import Guards, check_layers, stricter
 from sedac_cli.gates.options import parse_options
+from sedac_cli.gates.registry import entropy_checks
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gates.stability import GUARD_OPTIONS, StabilityGate
 from sedac_cli.pipeline.calibrate import CalibrateOptions, collected_risks, find_thresholds, open_probes, probe_file
+from sedac_cli.pipeline.data import CollectedData
+from sedac_cli.pipeline.lens import MEASURED, collected_batches, entropy_options, measure_entropy_gate
 from sedac_cli.probes import probe_name
 from sedac_cli.structure import Decoder
 
@@ -95,17 +97,6 @@ def draft(name: str, site: Site, guards: Guards, **values: Any) -> Thresholds:
     )  # fmt: skip
 
 
-def stricter(a: Guards, b: Guards) -> Guards:
-    """What both ask for."""
-    return Guards(
-        max(a.sinks, b.sinks),
-        max(a.first, b.first),
-        max(a.last, b.last),
-        a.prefill and b.prefill,
-        a.decode and b.decode,
-    )
-
-
 def _from_probes(name: str, argument: str, site: Site) -> Ladder:
     told = parse_options(argument, SoftGate.options[1:] if name == "soft" else (), f"gate '{name}'")
     parameters = {key: value for key, value in told.items() if value is not None}
@@ -163,11 +154,31 @@ def _stability(argument: str, site: Site) -> Ladder:
 
 
 def _entropy(argument: str, site: Site) -> Ladder:
-    told = parse_options(argument, EntropyGate.options, "gate 'entropy'")
+    """Mean and sd that are left out are measured on the collected text, at the layers that the loosest setting checks."""
+    told = entropy_options(argument)
     guards = stricter(site.guards, Guards(**{option.name: told.pop(option.name) for option in GUARD_OPTIONS}))
-    told = {key: value for key, value in told.items() if value is not None}
     limits = [limit for limit in ENTROPY_THRESHOLDS if "threshold" not in argument or limit >= told["threshold"]]
-    return _by_option("entropy", site, guards, told, "threshold", limits)
+    missing = [name for name in MEASURED if told[name] is None]
+    if len(missing) == 1:
+        raise UsageError(f"gate 'entropy' needs {missing[0]} too", hint="both, or neither: then they are measured")
+    if not missing or not limits:
+        told = {key: value for key, value in told.items() if value is not None}
+        return _by_option("entropy", site, guards, told, "threshold", limits)
+    if not (site.folder / MANIFEST).exists():
+        raise UsageError(
+            f"gate 'entropy' needs mean and sd, and {site.folder} holds no text to measure them on",
+            hint="sedac collect, or --gate entropy:mean=6,sd=2",
+        )
+    batches = collected_batches(CollectedData.open(site.folder))
+    filled, _ = measure_entropy_gate(told | {"threshold": min(limits)}, site.decoder, guards, batches)
+    of_check = dict(zip(filled["checks"], zip(filled["mean"], filled["sd"], strict=True), strict=True))
+    rungs = []
+    for limit in limits:
+        checks = entropy_checks(told | {"threshold": limit}, site.decoder, guards)
+        own = {"checks": checks, "mean": [of_check[x][0] for x in checks], "sd": [of_check[x][1] for x in checks]}
+        parameters = {key: value for key, value in told.items() if value is not None} | own | {"threshold": limit}
+        rungs.append(Rung({"threshold": limit}, draft("entropy", site, guards, parameters=parameters)))
+    return Ladder("entropy", rungs, _never(site))
 
 
 def _always(argument: str, site: Site) -> Ladder:

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_cli.artifacts.files import folder_lock, make_folder, sha256_file
-from sedac_cli.artifacts.manifest import MANIFEST, Manifest, make_step
+from sedac_cli.artifacts.files import make_folder
+from sedac_cli.artifacts.manifest import MANIFEST
 from sedac_cli.artifacts.thresholds import Promise, Thresholds
 from sedac_cli.config import TextSpec
 from sedac_cli.corpus import pad_batch
@@ -28,7 +28,7 @@ from sedac_cli.gates.base import Guards
 from sedac_cli.gpu.reference import kl_of_logits, row_chunks
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
-from sedac_cli.pipeline.calibrate import STEP
+from sedac_cli.pipeline.calibrate import write_thresholds
 from sedac_cli.pipeline.certify.bounds import Array, fixed_sequence, needed_sequences, p_value
 from sedac_cli.pipeline.certify.harm import Harm
 from sedac_cli.pipeline.certify.ladder import Ladder, Rung, Site, make_ladder
@@ -106,7 +106,11 @@ def certify(
     passed = [row for row in candidates if row["certified"]]
     rung = ladder.rungs[len(passed) - 1] if passed else None
     thresholds = finished(rung, ladder, candidates, calibration, options)
-    _write(thresholds, path, folder, options)
+    settings = {
+        "max_harm": f"{options.harm.measure}={options.harm.limit:g}", "confidence": options.confidence,
+        "bound": options.bound, "gate": options.gate, "out": str(path),
+    }  # fmt: skip
+    write_thresholds(thresholds, path, folder, settings)
     return CertifyReport(
         file=path,
         gate=ladder.gate,
@@ -219,23 +223,6 @@ def finished(
     }
     chosen = ladder.never if rung is None else rung.thresholds
     return chosen.model_copy(update={"promise": promise, "found_by": found_by})
-
-
-def _write(thresholds: Thresholds, path: Path, folder: Path, options: CertifyOptions) -> None:
-    if not (folder / MANIFEST).exists():
-        thresholds.write(path)
-        return
-    with folder_lock(folder):
-        thresholds.write(path)
-        manifest = Manifest.read(folder)
-        settings = {
-            "max_harm": f"{options.harm.measure}={options.harm.limit:g}", "confidence": options.confidence,
-            "bound": options.bound, "gate": options.gate, "out": str(path),
-        }  # fmt: skip
-        files = {path.name: sha256_file(path)} if path.parent.resolve() == folder.resolve() else {}
-        summary = {"thresholds": thresholds.thresholds, "parameters": thresholds.parameters}
-        manifest.steps[STEP] = make_step(settings, files, summary)
-        manifest.write(folder)
 
 
 # The model ------------------------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ def describe(loaded: LoadedModel, run: Run, mask: Tensor, ends: set[int]) -> Gen
     exits = exit_layers(run.ran)
     prompt_skipped = torch.zeros(rows, dtype=torch.long)
     prompt_exit = torch.full((rows,), layers)
-    prompt_total = 0
+    prompt_all = torch.zeros(rows, dtype=torch.long)
     if run.prompt is not None:
         prompt_skipped, prompt_exit = run.prompt.skipped[:, -1].cpu(), run.prompt.exit_layer[:, -1].cpu()
-        prompt_total = int(run.prompt.skipped[run.prompt.real].sum())
+        prompt_all = (run.prompt.skipped * run.prompt.real).sum(dim=1).cpu()
     texts, decided = [], []
     for row in range(rows):
         ids = [int(run.first[row]), *run.tokens[:, row].tolist()]
@@ -37,7 +37,10 @@ def describe(loaded: LoadedModel, run: Run, mask: Tensor, ends: set[int]) -> Gen
         )
     everything = [token for row in decided for token in row]
     after = [token for row in decided for token in row[1:]]
-    prompt_tokens = int(mask.sum())
+    lengths = mask.sum(dim=1).tolist()
+    prompt_tokens = sum(lengths)
+    gone = [int(prompt_all[i]) + sum(token.skipped for token in row[1:]) for i, row in enumerate(decided)]
+    dense = [(length + len(row) - 1) * layers for length, row in zip(lengths, decided, strict=True)]
     later = sum(token.skipped for token in after)
     total = run.prefill_seconds + run.decode_seconds
     return Generated(
@@ -49,10 +52,11 @@ def describe(loaded: LoadedModel, run: Run, mask: Tensor, ends: set[int]) -> Gen
         decode_seconds=run.decode_seconds,
         tokens_per_second=len(everything) / total,
         decode_tokens_per_second=len(after) / run.decode_seconds if after else 0.0,
-        skip_ratio=(prompt_total + later) / max(1, (prompt_tokens + len(after)) * layers),
+        skip_ratio=sum(gone) / max(1, sum(dense)),
         skip_ratio_decode=later / max(1, len(after) * layers),
         average_exit_layer=sum(token.exit_layer for token in everything) / max(1, len(everything)),
         num_layers=layers,
+        skip_ratios=[skipped / max(1, of) for skipped, of in zip(gone, dense, strict=True)],
     )
 
 
