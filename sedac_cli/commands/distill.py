@@ -31,7 +31,7 @@ def distill(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Training steps.")] = None,
     minutes: Annotated[float | None, typer.Option("--minutes", min=0.01, help="Training time, if not --steps.")] = None,
-    batch_size: Annotated[int, option("Training", "--batch-size", min=1, help="Samples per step.")] = 16,
+    batch_size: Annotated[int, option("Training", "--batch-size", min=1, help="Samples per step and process.")] = 16,
     lr: Annotated[float, option("Training", "--lr", min=1e-8, help="Peak learning rate of the stand-ins.")] = 2e-3,
     router_lr: Annotated[float, option("Training", "--router-lr", min=1e-8, help="Peak rate of the routers.")] = 3e-4,
     router_width: Annotated[
@@ -52,6 +52,7 @@ def distill(
     from sedac_cli.models import load_model
     from sedac_cli.pipeline.distill.run import distill as run
     from sedac_cli.pipeline.distill.train import DistillOptions
+    from sedac_cli.pipeline.world import World
 
     on_interrupt("the same command with --resume")
     if steps is None and minutes is None:
@@ -62,7 +63,8 @@ def distill(
         checkpoints=tuple(parse_layers(checkpoints)) if checkpoints else None,
         router_lr=router_lr, router_width=router_width, noise=noise, spread=spread, sinks=sinks, seed=seed, compile=compile,
     )  # fmt: skip
-    report = run(load_model(model), text, options, save, resume, out.progress())
+    world = World.join()
+    report = run(load_model(world.place(model)), text, options, save, resume, out.progress(), world)
     if not report.curve:
         return
     cost = report.standin_cost

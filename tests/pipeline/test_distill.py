@@ -14,8 +14,9 @@ from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.learned import Router
 from sedac_cli.pipeline.distill.blend import blended
 from sedac_cli.pipeline.distill.curve import measure_curve
+from sedac_cli.pipeline.distill.loop import exported
 from sedac_cli.pipeline.distill.scan import Moments, start
-from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer, exported
+from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer
 from sedac_cli.runtime.plan import make_plan
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.standins.lowrank import LowRank
@@ -74,10 +75,10 @@ def test_no_router_gains_by_moving_all_scores_alike(loaded, windows):
     for module in (*trainer.routers.values(), *trainer.standins.values()):
         module.requires_grad_(True)
     with blended(loaded.decoder, trainer.standins, trainer.routers, latch=False, sinks=2) as control:
-        trainer._step(control, 0.5)  # the first step of all fills the table of limits
+        trainer.compute(control, 0.5)  # the first step of all fills the table of limits
         for module in trainer.routers.values():
             module.zero_grad()
-        trainer._step(control, 0.5)
+        trainer.compute(control, 0.5)
     biases = torch.tensor([float(router.bias.grad) for router in trainer.routers.values()])
     assert biases.abs().max() > 0
     assert abs(biases.sum()) < 1e-4 * biases.abs().sum()

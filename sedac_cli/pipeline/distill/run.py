@@ -5,8 +5,6 @@ report = distill(loaded, text, DistillOptions(minutes=8), Path("sedac_data/sedac
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.distill.curve import measure_curve
-from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer, exported
-
-log = logging.getLogger("sedac")
+from sedac_cli.pipeline.distill.loop import exported
+from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer
+from sedac_cli.pipeline.world import World
 
 HELD_SHARE, MAX_HELD = 0.05, 192
 
@@ -56,27 +54,28 @@ def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
 
 def distill(
     loaded: LoadedModel, text: TextSpec, options: DistillOptions, out: Path, resume: bool = False,
-    progress: Progress = quiet_progress,
+    progress: Progress = quiet_progress, world: World | None = None,
 ) -> DistillReport:  # fmt: skip
-    accelerator = _accelerator()
-    main = accelerator is None or accelerator.is_main_process
-    make_folder(out.parent)
+    world = world or World()
+    if world.main:
+        make_folder(out.parent)
     windows = read_windows(text, loaded.tokenizer)
     held_count = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
     held, train = windows[order[:held_count]], windows[order[held_count:]]
     state = out.with_suffix(".training.pt")
-    if not resume and main:
+    if not resume and world.main:
         state.unlink(missing_ok=True)
-    trainer = Trainer(loaded, train, options, state, progress, accelerator)
+    world.wait()
+    trainer = Trainer(loaded, train, options, state, progress, world)
     trainer.run()
-    curve = measure_curve(trainer, held) if main else []
+    curve = measure_curve(trainer, held) if world.main else []
     standins = {layer: exported(module, torch.bfloat16) for layer, module in trainer.standins.items()}
     routers = {
         layer: exported(module.probe if isinstance(module, LatchRouter) else module)
         for layer, module in trainer.routers.items()
     }
-    tokens = trainer.step * options.batch_size * text.max_length * (accelerator.num_processes if accelerator else 1)
+    tokens = trainer.step * options.batch_size * text.max_length * world.size
     recipe = {
         "options": asdict(options),
         "text": asdict(text),
@@ -85,9 +84,10 @@ def distill(
         "seconds": trainer.elapsed,
         "history": trainer.history,
         "harm": trainer.harm,
+        "processes": world.size,
         "versions": versions(),
     }
-    if main:
+    if world.main:
         with folder_lock(out.parent):
             GatesFile(options.gate, loaded.identity, options.sinks, routers, standins, curve, recipe).write(out)
         state.unlink(missing_ok=True)
@@ -102,11 +102,3 @@ def _mlp_flops(loaded: LoadedModel, layer: int) -> float:
     from sedac_cli.costs import branch_flops
 
     return branch_flops(loaded.decoder.branches[layer].entry, loaded.model.config.get_text_config())
-
-
-def _accelerator() -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator()

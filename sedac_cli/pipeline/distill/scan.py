@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.gpu.reference import linear_kl
+from sedac_cli.pipeline.world import World
 from sedac_cli.standins.lowrank import LowRank
 from sedac_cli.structure import Decoder
 
@@ -37,8 +38,10 @@ class Moments:
 
 
 @torch.no_grad()
-def gather(decoder: Decoder, batches: Iterable[Tensor]) -> dict[int, Moments]:
-    """Moments of every layer's MLP on the dense model's own states. `batches` are token ids [B, T]."""
+def gather(decoder: Decoder, batches: Iterable[Tensor], world: World | None = None) -> dict[int, Moments]:
+    """Moments of every layer's MLP on the dense model's own states. `batches` are token ids [B, T]; each process brings
+    its own, and has the moments of all."""
+    world = world or World()
     size, device = decoder.hidden_size, decoder.device
     moments = {
         layer: Moments(
@@ -56,6 +59,9 @@ def gather(decoder: Decoder, batches: Iterable[Tensor]) -> dict[int, Moments]:
             hooks.callback(branch.entry.register_forward_hook(see).remove)
         for ids in batches:
             decoder.last_hidden(ids)
+    for found in moments.values():
+        found.xx, found.xy = world.sum(found.xx), world.sum(found.xy)
+        found.tokens = int(world.sum(torch.tensor(found.tokens, device=device)))
     return moments
 
 
@@ -71,7 +77,9 @@ def start(moments: Moments, rank: int, ridge: float = 1e-3) -> LowRank:
 
 
 @torch.no_grad()
-def harm_scan(decoder: Decoder, standins: dict[int, LowRank], batches: list[Tensor]) -> dict[int, float]:
+def harm_scan(
+    decoder: Decoder, standins: dict[int, LowRank], batches: list[Tensor], world: World | None = None
+) -> dict[int, float]:
     """Mean KL (nats) to the dense model when one layer's MLP is replaced for every token, layer by layer."""
     dense = [decoder.last_hidden(ids).flatten(0, 1) for ids in batches]
     harm = {}
@@ -85,7 +93,7 @@ def harm_scan(decoder: Decoder, standins: dict[int, LowRank], batches: list[Tens
             ]
         finally:
             handle.remove()
-        harm[branch.layer] = float(torch.stack(total).mean())
+        harm[branch.layer] = float((world or World()).mean(torch.stack(total).mean()))
     return harm
 
 
