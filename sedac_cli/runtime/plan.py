@@ -18,8 +18,10 @@ from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.registry import build_gate, gate_from_thresholds, read_thresholds
+from sedac_cli.gates.span import SpanGate
 from sedac_cli.probes import LREProbe
 from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.ghost import GhostKV
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Decoder
 
@@ -34,8 +36,10 @@ def make_plan(
     spec: str, decoder: Decoder, identity: ModelIdentity | None = None, *, seed: int = 0, guards: Guards | None = None
 ) -> Plan:
     """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made, `NAME:FILE.json` what `sedac calibrate` chose;
-    all others are gates with zero stand-ins."""
+    `ghost:FILE.pth@GATE` skips whole layers; all others are gates with zero stand-ins."""
     name, _, argument = spec.partition(":")
+    if name == "ghost":
+        return plan_from_ghost(argument, decoder, identity, seed, guards)
     path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
     if name in ("learned", "cascade", "fixed") and path.endswith(".pth"):
         return plan_from_gates(Path(path), name, share, decoder, identity, guards)
@@ -46,6 +50,30 @@ def make_plan(
     if name == "learned":
         raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
     return Plan(build_gate(spec, decoder, guards=guards, seed=seed, identity=identity), ZeroStandIn())
+
+
+def plan_from_ghost(
+    argument: str, decoder: Decoder, identity: ModelIdentity | None, seed: int, guards: Guards | None
+) -> Plan:
+    """`FILE@GATE`: the gate says who skips the file's layers whole. Stand-ins of its own that it brings are not used."""
+    file, _, who = argument.partition("@")
+    if not file:
+        raise UsageError("ghost K and V need a file", hint=SpanGate.form)
+    ghost = GhostKV.load(Path(file), identity)
+    told = ghost.recipe.get("options", {})
+    if not who and str(told.get("gate", "")).startswith("random:"):
+        who = told["gate"]
+    if not who or who.startswith("ghost"):
+        raise UsageError(f"who skips the layers of {file}?", hint=f"ghost:{file}@random:0.3, or another gate's spec")
+    if ghost.hidden_size != decoder.hidden_size or ghost.last >= decoder.num_layers:
+        raise InputError(
+            f"{file} is for states of width {ghost.hidden_size} and layers up to {ghost.last}; "
+            f"the model has width {decoder.hidden_size} and {decoder.num_layers} layers"
+        )
+    if guards is None and who.startswith(("random:", "always:")):
+        guards = Guards(sinks=told.get("sinks", 0))
+    gate = make_plan(who, decoder, identity, seed=seed, guards=guards).gate
+    return Plan(SpanGate(gate, ghost.layers), ghost)
 
 
 def plan_from_thresholds(

@@ -16,7 +16,7 @@ from sedac_cli.pipeline.distill.blend import blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.train import Trainer
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 BATCH = 16
 
 

@@ -52,6 +52,22 @@ def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def split(windows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(held out for the figures, to train on)."""
+    held = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:held]], windows[order[held:]]
+
+
+def open_state(out: Path, resume: bool, world: World) -> Path:
+    """Where the training stands is written to; what an earlier run left is gone for all processes unless resumed."""
+    state = out.with_suffix(".training.pt")
+    if not resume and world.main:
+        state.unlink(missing_ok=True)
+    world.wait()
+    return state
+
+
 def distill(
     loaded: LoadedModel, text: TextSpec, options: DistillOptions, out: Path, resume: bool = False,
     progress: Progress = quiet_progress, world: World | None = None,
@@ -59,14 +75,8 @@ def distill(
     world = world or World()
     if world.main:
         make_folder(out.parent)
-    windows = read_windows(text, loaded.tokenizer)
-    held_count = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
-    held, train = windows[order[:held_count]], windows[order[held_count:]]
-    state = out.with_suffix(".training.pt")
-    if not resume and world.main:
-        state.unlink(missing_ok=True)
-    world.wait()
+    held, train = split(read_windows(text, loaded.tokenizer), options.seed)
+    state = open_state(out, resume, world)
     trainer = Trainer(loaded, train, options, state, progress, world)
     trainer.run()
     curve = measure_curve(trainer, held) if world.main else []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,16 @@ class Moments:
     xy: Tensor
     tokens: int = 0
 
+    @classmethod
+    def of(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
+        kind: Any = {"dtype": torch.float64, "device": device}
+        return cls(torch.zeros(inputs + 1, inputs + 1, **kind), torch.zeros(inputs + 1, outputs, **kind))
+
+    def joined(self, world: World) -> None:
+        """From here on, the sums over the tokens of all processes."""
+        self.xx, self.xy = world.sum(self.xx), world.sum(self.xy)
+        self.tokens = int(world.sum(torch.tensor(self.tokens, device=self.xx.device)))
+
     def add(self, x: Tensor, y: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -43,13 +54,7 @@ def gather(decoder: Decoder, batches: Iterable[Tensor], world: World | None = No
     its own, and has the moments of all."""
     world = world or World()
     size, device = decoder.hidden_size, decoder.device
-    moments = {
-        layer: Moments(
-            torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device),
-            torch.zeros(size + 1, size, dtype=torch.float64, device=device),
-        )
-        for layer in range(decoder.num_layers)
-    }
+    moments = {layer: Moments.of(size, size, device) for layer in range(decoder.num_layers)}
     with ExitStack() as hooks:
         for branch in decoder.branches:
 
@@ -60,20 +65,24 @@ def gather(decoder: Decoder, batches: Iterable[Tensor], world: World | None = No
         for ids in batches:
             decoder.last_hidden(ids)
     for found in moments.values():
-        found.xx, found.xy = world.sum(found.xx), world.sum(found.xy)
-        found.tokens = int(world.sum(torch.tensor(found.tokens, device=device)))
+        found.joined(world)
     return moments
 
 
 def start(moments: Moments, rank: int, ridge: float = 1e-3) -> LowRank:
     """The stand-in that is the best low-rank linear map, ridge-regularized."""
+    solution = solve(moments, ridge)
+    scale = (moments.xx.diagonal()[:-1] / max(1, moments.tokens)).clamp_min(1e-8).sqrt()
+    return LowRank.from_linear(solution[:-1].cpu(), solution[-1].float().cpu(), rank, scale.cpu())
+
+
+def solve(moments: Moments, ridge: float) -> Tensor:
+    """[inputs + 1, outputs], float64: the linear map and, last, its offset; the offset is not held down."""
     n = max(1, moments.tokens)
     xx, xy = moments.xx / n, moments.xy / n
     penalty = torch.eye(xx.shape[0], dtype=xx.dtype, device=xx.device) * ridge * xx.diagonal()[:-1].mean()
     penalty[-1, -1] = 0
-    solution = torch.linalg.solve(xx + penalty, xy)
-    scale = xx.diagonal()[:-1].clamp_min(1e-8).sqrt()
-    return LowRank.from_linear(solution[:-1].cpu(), solution[-1].float().cpu(), rank, scale.cpu())
+    return torch.linalg.solve(xx + penalty, xy)
 
 
 @torch.no_grad()
