@@ -14,6 +14,7 @@ from sedac_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from sedac_cli.pipeline.distill.ghost import GhostOptions
+    from sedac_cli.pipeline.distill.given import GivenOptions
     from sedac_cli.pipeline.world import World
 
 
@@ -27,8 +28,9 @@ def distill(
         str | None,
         typer.Option(
             "--gate",
-            help="learned (default): a router per layer. cascade: the latch form. With --ghost-kv: who skips, random:0.3 "
-            "unless given.",
+            help="learned (default): a router per layer. cascade: the latch form. A gate as it is (soft:thresholds.json, "
+            "stability:tau=0.9): only stand-ins are trained, for its choices. With --ghost-kv: who skips; random:0.3 if "
+            "left out.",
         ),
     ] = None,
     target_skip: Annotated[float, typer.Option("--target-skip", help="Share of all MLPs to skip.")] = 0.25,
@@ -76,7 +78,7 @@ def distill(
         raise UsageError("--ghost-kv and --skip-layers go together", hint="--ghost-kv --skip-layers 18..21")
     from sedac_cli.models import load_model
     from sedac_cli.pipeline.distill.run import distill as run
-    from sedac_cli.pipeline.distill.train import DistillOptions
+    from sedac_cli.pipeline.distill.train import TRAINED, DistillOptions
     from sedac_cli.pipeline.world import World
 
     on_interrupt("the same command with --resume")
@@ -93,6 +95,14 @@ def distill(
         distill_ghost_kv(out, model, text, ghosts, save or Path("sedac_data/ghost_kv.pth"), resume, world)
         return
     gate, save = gate or "learned", save or Path("sedac_data/sedac_gates.pth")
+    if gate not in TRAINED:
+        from sedac_cli.pipeline.distill.given import GivenOptions
+
+        given = GivenOptions(
+            gate=gate, rank=rank, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr, seed=seed
+        )
+        distill_for_given(out, model, text, given, save, resume, world)
+        return
     options = DistillOptions(
         gate=gate, target_skip=target_skip, rank=rank, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr,
         layers=None if layers == "auto" else tuple(parse_layers(layers)),
@@ -141,4 +151,27 @@ def distill_ghost_kv(
         f"{count['away']:,} of those away. {report.steps} steps, {report.tokens:,} tokens, "
         f"{report.seconds / 60:.1f} minutes. Use: --gate ghost:{save}@{options.gate}",
     )  # fmt: skip
+    out.result(report)
+
+
+def distill_for_given(
+    out: Output, model: ModelSpec, text: TextSpec, options: GivenOptions, save: Path, resume: bool, world: World
+) -> None:
+    from sedac_cli.models import load_model
+    from sedac_cli.pipeline.distill.given_run import distill_given
+
+    report = distill_given(load_model(world.place(model)), text, options, save, resume, out.progress(), world)
+    if not report.ways:
+        return
+    out.table(
+        f"stand-ins for gate {options.gate} -> {save}",
+        ["a skipped MLP returns", "MLPs skipped", "ppl ratio", "agreement", "KL (nats)"],
+        [
+            [way, f"{r['share']:.1%}", f"{r['ppl_ratio']:.4f}", f"{r['agreement']:.4f}", f"{r['kl']:.4f}"]
+            for way, r in report.ways.items()
+        ],
+        caption=f"on {report.held_windows} held-out windows of the training text, under the gate's own choices; "
+        f"{report.steps} steps, {report.tokens:,} tokens, {report.seconds / 60:.1f} minutes; a stand-in costs "
+        f"{report.standin_cost:.1%} of an MLP. Use: --gate {options.gate.partition(':')[0]}:{save}",
+    )
     out.result(report)

@@ -5,12 +5,14 @@ plan = make_plan("learned:sedac_data/sedac_gates.pth@0.25", loaded.decoder, load
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sedac_cli.artifacts.gates_file import GatesFile
+from sedac_cli.artifacts.gates_file import KINDS, GatesFile
 from sedac_cli.artifacts.manifest import ModelIdentity
 from sedac_cli.artifacts.thresholds import FROM_GATES_FILE, Thresholds
 from sedac_cli.errors import InputError, UsageError
@@ -41,7 +43,7 @@ def make_plan(
     if name == "ghost":
         return plan_from_ghost(argument, decoder, identity, seed, guards)
     path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
-    if name in ("learned", "cascade", "fixed") and path.endswith(".pth"):
+    if name in KINDS and path.endswith(".pth"):
         return plan_from_gates(Path(path), name, share, decoder, identity, guards)
     if argument.endswith(".json") and name in FROM_GATES_FILE:
         thresholds = read_thresholds(Path(argument), name)
@@ -91,15 +93,25 @@ def plan_from_thresholds(
     thresholds.gates_file.verify(folder, "gates file")
     path = folder / thresholds.gates_file.file
     found = _read_gates(path, thresholds.gate, identity)
-    return plan_at(
-        found, path, float(thresholds.parameters["limit"]), decoder, guards or Guards(**thresholds.guards.model_dump())
-    )
+    guards = guards or Guards(**thresholds.guards.model_dump())
+    if found.decided_by is not None:
+        return plan_given(found, path, decoder, guards, thresholds.parameters)
+    if "limit" not in thresholds.parameters:
+        raise InputError(f"{path} was trained with its gate: the thresholds in {folder} name no limit for it")
+    return plan_at(found, path, float(thresholds.parameters["limit"]), decoder, guards)
 
 
 def plan_from_gates(
     path: Path, name: str, share: str, decoder: Decoder, identity: ModelIdentity | None, guards: Guards | None
 ) -> Plan:
     found = _read_gates(path, name, identity)
+    if found.decided_by is not None:
+        if share:
+            raise UsageError(
+                f"the stand-ins of {path} are for a gate whose own thresholds decide: it has no shares to choose from",
+                hint=f"{name}:{path}",
+            )
+        return plan_given(found, path, decoder, guards)
     try:
         wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
     except ValueError:
@@ -128,6 +140,27 @@ def plan_at(found: GatesFile, path: Path, limit: float, decoder: Decoder, guards
     last = decoder.num_layers - 1 - max(found.standins)
     guards = Guards(guards.sinks, guards.first, max(guards.last, last), guards.prefill, guards.decode)
     return Plan(CascadeGate(decoder.num_layers, probes, dict.fromkeys(probes, threshold), guards=guards), standin)
+
+
+def plan_given(
+    found: GatesFile, path: Path, decoder: Decoder, guards: Guards | None = None, knobs: Mapping[str, Any] | None = None
+) -> Plan:
+    """A gate that stayed as it was, and the stand-ins trained for it. `knobs`: `tighten`, a factor on its thresholds, or
+    options of its own that go before those it was trained under."""
+    told = Thresholds.model_validate(found.decided_by)
+    own = {key: value for key, value in (knobs or {}).items() if key in told.parameters}
+    factor = float((knobs or {}).get("tighten", 1.0))
+    told = told.model_copy(
+        update={"parameters": told.parameters | own, "thresholds": [factor * value for value in told.thresholds]}
+    )
+    probes = {layer: _load_probe(state) for layer, state in found.routers.items()}
+    for layer, probe in probes.items():
+        if probe.hidden_size != decoder.hidden_size:
+            raise InputError(
+                f"{path}: the probe of layer {layer} reads width {probe.hidden_size}, the model's is {decoder.hidden_size}"
+            )
+    gate = gate_from_thresholds(told, path.parent, decoder, guards=guards, probes=probes)
+    return Plan(gate, LowRankStandIns({layer: _load_standin(state) for layer, state in found.standins.items()}))
 
 
 def _load_router(state: dict[str, torch.Tensor], decoder: Decoder, path: Path) -> Router:

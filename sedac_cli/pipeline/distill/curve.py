@@ -57,7 +57,7 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
                 after = decoder.last_hidden(ids)
                 skipped = (control.scores() > limit).float().mean() * trainer.table.ceiling
                 sums += torch.cat(
-                    [_compare(before, after, ids, trainer.loaded), skipped.double().view(1) * ids.numel()]
+                    [compare_sums(before, after, ids, trainer.loaded), skipped.double().view(1) * ids.numel()]
                 )
             tokens, predicted = held.numel(), held.shape[0] * (held.shape[1] - 1)
             nll_dense, nll_gated, agree, kl, skip = sums.tolist()
@@ -74,7 +74,7 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
     return rows
 
 
-def _compare(dense: Tensor, gated: Tensor, ids: Tensor, loaded: LoadedModel) -> Tensor:
+def compare_sums(dense: Tensor, gated: Tensor, ids: Tensor, loaded: LoadedModel) -> Tensor:
     """Sums over predicted tokens: nll dense, nll gated, agreements, KL."""
     d, g, y = dense[:, :-1].flatten(0, 1), gated[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     sums = torch.zeros(4, dtype=torch.float64, device=ids.device)
