@@ -35,6 +35,12 @@ def distill(
     ] = None,
     target_skip: Annotated[float, typer.Option("--target-skip", help="Share of all MLPs to skip.")] = 0.25,
     rank: Annotated[int, typer.Option("--rank", min=2, help="Width of the stand-ins.")] = 48,
+    rank_by: Annotated[
+        str,
+        typer.Option(
+            "--rank-by", help="uniform: each layer the same. importance: the same total, where it removes harm."
+        ),
+    ] = "uniform",
     layers: Annotated[
         str, typer.Option("--layers", help="Layers that may skip; auto: by a scan of their harm.")
     ] = "auto",
@@ -85,6 +91,12 @@ def distill(
     if steps is None and minutes is None:
         minutes = 5.0
     world = World.join()
+    if ghost_kv or (gate or "learned") not in TRAINED:
+        given_too = {"--compile": compile, "--layers": layers != "auto", "--checkpoints": checkpoints,
+                     "--rank-by": rank_by != "uniform"}  # fmt: skip
+        for name in (name for name, value in given_too.items() if value):
+            raise UsageError(f"{name} goes with gates that are trained, not with {'--ghost-kv' if ghost_kv else gate}",
+                             hint="--gate learned or --gate cascade")  # fmt: skip
     if ghost_kv:
         from sedac_cli.pipeline.distill.ghost import GhostOptions
 
@@ -104,7 +116,7 @@ def distill(
         distill_for_given(out, model, text, given, save, resume, world)
         return
     options = DistillOptions(
-        gate=gate, target_skip=target_skip, rank=rank, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr,
+        gate=gate, target_skip=target_skip, rank=rank, rank_by=rank_by, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr,
         layers=None if layers == "auto" else tuple(parse_layers(layers)),
         checkpoints=tuple(parse_layers(checkpoints)) if checkpoints else None,
         router_lr=router_lr, router_width=router_width, noise=noise, spread=spread, sinks=sinks, seed=seed, compile=compile,

@@ -26,6 +26,9 @@ from sedac_cli.structure import Decoder, describe
 CACHE_NAMES = ("past_key_values", "past_key_value")
 ANGLES = "position_embeddings"
 MASKED = ("sdpa", "eager")
+SHIFT, MOST_DRIFT = 37, 0.15
+"""Two starts of one sequence; keys may drift by this share of their norm, because bfloat16 adds up over the layers. Keys
+turned otherwise drift by more than half of it."""
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[int, int]]] = weakref.WeakKeyDictionary()
 """What `check_attention` found, by backbone: a context is opened for every batch of an evaluation."""
@@ -143,14 +146,14 @@ def check_attention(decoder: Decoder, layers: tuple[int, ...]) -> tuple[int, int
         )
     ids = torch.arange(8, device=decoder.device).unsqueeze(0) % decoder.vocab_size
     found = []
-    for begin in (0, 5):
+    for begin in (0, SHIFT):
         with recording(decoder, layers) as seen:
             decoder.model(input_ids=ids, position_ids=torch.arange(begin, begin + 8, device=ids.device)[None],
                           use_cache=False)  # fmt: skip
         found.append(seen)
     for layer in layers:
         one, two = (x[layer].key.float() for x in found)
-        if (one - two).norm() > 0.05 * one.norm():
+        if (one - two).norm() > MOST_DRIFT * one.norm():
             raise refused(decoder, layer, "its keys are not rotated by position as in Llama, Mistral and Qwen")
     made = [part for x in found for layer in layers for part in (x[layer].key, x[layer].value)]
     shapes = {(part.shape[2], part.shape[3]) for part in made}

@@ -39,6 +39,7 @@ class DistillReport:
     curve: list[dict[str, float]]
     harm: dict[int, float]
     standin_cost: float
+    ranks: dict[int, int]
 
 
 def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
@@ -94,6 +95,7 @@ def distill(
         "seconds": trainer.elapsed,
         "history": trainer.history,
         "harm": trainer.harm,
+        "ranks": trainer.ranks,
         "processes": world.size,
         "versions": versions(),
     }
@@ -101,10 +103,18 @@ def distill(
         with folder_lock(out.parent):
             GatesFile(options.gate, loaded.identity, options.sinks, routers, standins, curve, recipe).write(out)
         state.unlink(missing_ok=True)
-    layer = trainer.layers[0]
-    share = trainer.standins[layer].flops() / _mlp_flops(loaded, layer)  # type: ignore[operator]
+    shares = [trainer.standins[x].flops() / _mlp_flops(loaded, x) for x in trainer.layers]  # type: ignore[operator]
     return DistillReport(
-        out, options.gate, list(trainer.layers), trainer.step, tokens, trainer.elapsed, curve, trainer.harm, share
+        out,
+        options.gate,
+        list(trainer.layers),
+        trainer.step,
+        tokens,
+        trainer.elapsed,
+        curve,
+        trainer.harm,
+        sum(shares) / len(shares),
+        trainer.ranks,
     )
 
 

@@ -8,6 +8,7 @@ Then each layer alone is replaced by its stand-in, for every token, and the harm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from sedac_cli.structure import Decoder
 
 @dataclass
 class Moments:
-    """Sums over tokens of [x, 1]^T [x, 1] and [x, 1]^T y for one MLP, float64."""
+    """Sums over tokens of [x, 1]^T [x, 1], [x, 1]^T y and y^T y for one MLP, float64."""
 
     xx: Tensor
     xy: Tensor
     tokens: int = 0
+    yy: float = 0.0
 
     @classmethod
     def of(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
@@ -38,13 +40,16 @@ class Moments:
     def joined(self, world: World) -> None:
         """From here on, the sums over the tokens of all processes."""
         self.xx, self.xy = world.sum(self.xx), world.sum(self.xy)
-        self.tokens = int(world.sum(torch.tensor(self.tokens, device=self.xx.device)))
+        counts = torch.tensor([self.tokens, self.yy], dtype=torch.float64, device=self.xx.device)
+        tokens, self.yy = world.sum(counts).tolist()
+        self.tokens = int(tokens)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         self.xx += (x.T @ x).double()
         self.xy += (x.T @ y.reshape(x.shape[0], -1).float()).double()
+        self.yy += float(y.float().pow(2).sum(dtype=torch.float64))
         self.tokens += x.shape[0]
 
 
@@ -74,6 +79,30 @@ def start(moments: Moments, rank: int, ridge: float = 1e-3) -> LowRank:
     solution = solve(moments, ridge)
     scale = (moments.xx.diagonal()[:-1] / max(1, moments.tokens)).clamp_min(1e-8).sqrt()
     return LowRank.from_linear(solution[:-1].cpu(), solution[-1].float().cpu(), rank, scale.cpu())
+
+
+def spread_ranks(
+    moments: dict[int, Moments], harm: dict[int, float], layers: tuple[int, ...], rank: int, ridge: float = 1e-3
+) -> dict[int, int]:
+    """The same total rank, where it takes most harm away: pairs of units go to the directions of largest
+    harm_l / error_l * s^2, with s the direction's singular value and error_l what the stand-in of uniform rank leaves of the
+    MLP's output. No layer gets fewer than a quarter or more than four times the uniform rank."""
+    pairs, size = rank // 2, next(iter(moments.values())).xx.shape[0] - 1
+    least, most = max(1, pairs // 4), min(4 * pairs, size)
+    gains = []
+    for layer in layers:
+        found = moments[layer]
+        n = max(1, found.tokens)
+        solution = solve(found, ridge)
+        scale = (found.xx.diagonal()[:-1] / n).clamp_min(1e-8).sqrt()
+        u, s, v = torch.linalg.svd(scale.unsqueeze(1) * solution[:-1], full_matrices=False)
+        uniform = torch.cat([(u[:, :pairs] * s[:pairs]) @ v[:pairs] / scale.unsqueeze(1), solution[-1:]])
+        left = found.yy - 2 * (uniform * found.xy).sum() + (uniform * (found.xx @ uniform)).sum()
+        gains.append(harm[layer] / float(left.clamp_min(1e-12) / n) * s[:most].pow(2).cpu())
+    table = torch.stack(gains)
+    table[:, :least] = math.inf
+    chosen = table.flatten().topk(pairs * len(layers)).indices // table.shape[1]
+    return {layer: 2 * int((chosen == place).sum()) for place, layer in enumerate(layers)}
 
 
 def solve(moments: Moments, ridge: float) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedac_cli.artifacts.tensors import load_tensors
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.learned import Router
 from sedac_cli.models import LoadedModel
@@ -25,7 +26,7 @@ from sedac_cli.pipeline.distill.blend import NEVER, Control, blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.loop import Loop, LoopOptions
 from sedac_cli.pipeline.distill.loss import kl_loss
-from sedac_cli.pipeline.distill.scan import gather, harm_scan, skippable, start
+from sedac_cli.pipeline.distill.scan import gather, harm_scan, skippable, spread_ranks, start
 from sedac_cli.pipeline.world import World
 from sedac_cli.probes import LREProbe
 
@@ -33,11 +34,15 @@ TRAINED = ("learned", "cascade")
 """Gates that are trained together with their stand-ins."""
 
 
+RANK_BY = ("uniform", "importance")
+
+
 @dataclass(frozen=True)
 class DistillOptions(LoopOptions):
     gate: str = "learned"
     target_skip: float = 0.25
     rank: int = 48
+    rank_by: str = "uniform"
     layers: tuple[int, ...] | None = None
     checkpoints: tuple[int, ...] | None = None
     router_lr: float = 3e-4
@@ -50,6 +55,8 @@ class DistillOptions(LoopOptions):
         super().__post_init__()
         if self.gate not in TRAINED:
             raise UsageError(f"--gate: '{self.gate}' cannot be distilled", hint=" or ".join(TRAINED))
+        if self.rank_by not in RANK_BY:
+            raise UsageError(f"--rank-by: '{self.rank_by}' is not known", hint=" or ".join(RANK_BY))
         if not 0 < self.target_skip < 1:
             raise UsageError(f"--target-skip: {self.target_skip} is not between 0 and 1")
 
@@ -98,13 +105,29 @@ class Trainer(Loop):
         self.layers = layers
         for router in self.routers.values():
             router.to(self.device)
+        if options.rank_by == "importance":
+            ranks = self._agreed(self._begun_with() or spread_ranks(moments, self.harm, layers, options.rank))
+            standins = {layer: start(moments[layer], ranks[layer]).to(self.device) for layer in layers}
         self.standins: dict[int, nn.Module] = {layer: standins[layer] for layer in layers}
+        self.ranks = {layer: standins[layer].rank for layer in layers}
         self.table = BudgetTable(len(layers), decoder.num_layers, self.device)
         if options.target_skip > 0.98 * self.table.ceiling:
             raise UsageError(
                 f"--target-skip {options.target_skip}: at most {self.table.ceiling:.2f} of all MLPs can be skipped, "
                 f"{len(layers)} of {decoder.num_layers} layers may skip"
             )
+
+    def _begun_with(self) -> dict[int, int] | None:
+        """The ranks of an interrupted run: measured again they might differ by a rounding."""
+        if self.state_file is None or not self.state_file.exists():
+            return None
+        return load_tensors(self.state_file)["extra"]["ranks"]
+
+    def _agreed(self, ranks: dict[int, int]) -> dict[int, int]:
+        """The first process's."""
+        values = torch.tensor(list(ranks.values()), device=self.device)
+        self.world.share_first([values])
+        return dict(zip(ranks, values.tolist(), strict=True))
 
     def _median_harm(self) -> float:
         return sorted(self.harm.values())[len(self.harm) // 2]
@@ -175,7 +198,9 @@ class Trainer(Loop):
 
     def extra(self) -> dict[str, Any]:
         table = self.table
-        return {"table": table.table, "seen": table.seen, "usable": table.usable, "gain": table.gain}
+        return {
+            "table": table.table, "seen": table.seen, "usable": table.usable, "gain": table.gain, "ranks": self.ranks,
+        }  # fmt: skip
 
     def load_extra(self, state: dict[str, Any]) -> None:
         table = self.table
