@@ -73,9 +73,9 @@ class Runs:
 
 
 def ghost(runs: Runs) -> dict[str, Any]:
-    """Layers in the deeper half, a third of the tokens: the five ways, then the trained one on other text."""
+    """Layers in the deeper half, a third of the tokens: the ways, then the trained one on other text."""
     file, found = runs.distill(
-        "ghost", 1.1, "--ghost-kv", "--skip-layers", runs.args.span, "--gate", "random:0.3", "--rank", 48
+        "ghost", 0.8, "--rival", "--ghost-kv", "--skip-layers", runs.args.span, "--gate", "random:0.3", "--rank", 48
     )
     return {
         "comparison": found.get("comparison"),

@@ -74,6 +74,9 @@ def distill(
         float,
         option("Ghost KV", "--end-to-end", min=0, max=1, help="Share of the training that is KL of the whole model."),
     ] = 0.7,
+    rival: Annotated[
+        bool, option("Ghost KV", "--rival", help="Train stand-ins of MLPs skipped at equal cost as well, to compare.")
+    ] = False,
     save: Annotated[
         Path | None,
         typer.Option("--save", help="File to write; default sedac_gates.pth or ghost_kv.pth in sedac_data."),
@@ -101,7 +104,7 @@ def distill(
         from sedac_cli.pipeline.distill.ghost import GhostOptions
 
         ghosts = GhostOptions(
-            layers=parse_span(str(skip_layers)), gate=gate or "random:0.3", rank=rank, end_to_end=end_to_end, sinks=sinks,
+            layers=parse_span(str(skip_layers)), gate=gate or "random:0.3", rank=rank, end_to_end=end_to_end, rival=rival, sinks=sinks,
             steps=steps, minutes=minutes, batch_size=batch_size, lr=lr, seed=seed,
         )  # fmt: skip
         distill_ghost_kv(out, model, text, ghosts, save or Path("sedac_data/ghost_kv.pth"), resume, world)

@@ -18,7 +18,17 @@ from sedac_cli.gates.simple import RandomGate
 from sedac_cli.gates.span import SpanGate
 from sedac_cli.pipeline.distill import loop
 from sedac_cli.pipeline.distill.ghost import GhostOptions, GhostTrainer, capture, ghost_batches, linear_start
-from sedac_cli.pipeline.distill.ghost_compare import FULL, LINEAR, MLP, TRAINED, Coded, compare, equal_layers
+from sedac_cli.pipeline.distill.ghost_compare import (
+    COPIED,
+    FULL,
+    LINEAR,
+    MLP,
+    MLP_TRAINED,
+    TRAINED,
+    Coded,
+    compare,
+    equal_layers,
+)
 from sedac_cli.pipeline.distill.loss import kl_loss
 from sedac_cli.runtime.plan import make_plan
 from sedac_cli.runtime.skip import skipping
@@ -137,10 +147,13 @@ def test_equal_cost_by_hand():
 def test_from_the_shell(tmp_path, tiny_folder, text_file, sedac):
     path = tmp_path / "ghost.pth"
     made = sedac("distill", "--model", tiny_folder, "--dataset", text_file, "--max-length", 32, "--samples", 60,
-                 "--ghost-kv", "--skip-layers", "1..2", "--gate", "random:0.5", "--steps", 4, "--batch-size", 8,
+                 "--ghost-kv", "--skip-layers", "1..2", "--gate", "random:0.5", "--steps", 4, "--rival", "--batch-size", 8,
                  "--save", path, "--json", "--quiet")  # fmt: skip
     assert made.code == 0, made.err
-    assert made.json["comparison"][0]["way"] == FULL
+    rows = {row["way"]: row for row in made.json["comparison"]}
+    assert list(rows) == [FULL, MLP, MLP_TRAINED, COPIED, LINEAR, TRAINED]
+    assert rows[MLP]["flops_saved"] == rows[MLP_TRAINED]["flops_saved"] > 0
+    assert rows[MLP]["kl"]["all"] != rows[MLP_TRAINED]["kl"]["all"]
     assert not path.with_suffix(".training.pt").exists()
     said = sedac("generate", "--model", tiny_folder, "--gate", f"ghost:{path}@random:0.5", "-p", "the sea", "-p", "a",
                  "--max-new-tokens", 12, "--ignore-eos", "--json", "--quiet")  # fmt: skip

@@ -43,6 +43,8 @@ class GhostOptions(LoopOptions):
     gate: str = "random:0.3"
     rank: int = 48
     end_to_end: float = 0.7
+    rival: bool = False
+    """Train stand-ins of MLPs too, skipped by the same gate at equal cost and trained as long: what ghosts must beat."""
     sinks: int = 4
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
-"""What ghost K and V are worth: the same tokens away on the same text, with five things in their place.
+"""What ghost K and V are worth: the same tokens away on the same text, with several things in their place.
 
-full compute; MLPs skipped at equal cost (attention kept); the last K and V the token made, copied; the linear start; trained.
-All but the first two move the state of a token that is away by the linear start's map, the trained one by its own.
+full compute; MLPs skipped at equal cost (attention kept), with linear and, if given, trained stand-ins; the last K and V the
+token made, copied; the linear start; trained. The last three move the state of a token that is away: all move the state of a token that is away by the linear start's map, the trained one by its own.
 
     rows = compare(loaded, held, trainer.sample(), gate, start, trained)
 """
@@ -24,10 +24,11 @@ from sedac_cli.runtime.kv import recording
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.standins import StandIn
 from sedac_cli.standins.ghost import GhostKV
-from sedac_cli.standins.lowrank import LowRankStandIns
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Decoder
 
-FULL, MLP, COPIED, LINEAR, TRAINED = "full compute", "MLPs skipped", "last K,V copied", "linear start", "trained"
+FULL, MLP, MLP_TRAINED = "full compute", "MLPs skipped, linear start", "MLPs skipped, trained"
+COPIED, LINEAR, TRAINED = "last K,V copied", "ghosts, linear start", "ghosts, trained"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,17 @@ class CopiedKV:
         return self.moved.leave(hidden)
 
 
+def mlps_at_equal_cost(
+    loaded: LoadedModel, ghost: GhostKV, rank: int, context: int
+) -> tuple[dict[int, float], list[float]]:
+    """`equal_layers` for what a token that is away saves with this ghost; and what skipping each MLP saves."""
+    costs = model_costs(loaded.decoder, context)
+    size = loaded.decoder.hidden_size
+    gain = [flops - LowRank(size, rank).flops() for flops in costs.mlp]
+    whole = sum(costs.mlp[x] + costs.mixer[x] - ghost.cost_per_token(x) for x in ghost.layers)
+    return equal_layers(loaded.decoder, ghost.layers, whole, gain), gain
+
+
 def equal_layers(decoder: Decoder, layers: tuple[int, ...], wanted: float, gain: list[float]) -> dict[int, float]:
     """Which MLPs a token must skip, and the last one with what chance, to save `wanted` FLOPs: those of the span, then
     deeper ones but the last, then shallower ones but the first two."""
@@ -92,10 +104,10 @@ def equal_layers(decoder: Decoder, layers: tuple[int, ...], wanted: float, gain:
 @torch.no_grad()
 def compare(
     loaded: LoadedModel, windows: Tensor, fit: list[Tensor], gate: Gate, begun: GhostKV, trained: GhostKV, rank: int = 48, batch: int = 8,
-    seed: int = 0,
+    seed: int = 0, rival: StandIn | None = None,
 ) -> list[Compared]:  # fmt: skip
     """`windows` [N, T]: held-out text for the figures. `fit`: token ids the second way's stand-ins are fitted on, in closed
-    form: it is at its linear start."""
+    form: it is at its linear start. `rival`: trained stand-ins of the same rank, for the same MLPs."""
     decoder, layers = loaded.decoder, trained.layers
     costs = model_costs(decoder, windows.shape[1])
     batches = [ids.long().to(decoder.device) for ids in windows.split(batch)]
@@ -103,13 +115,12 @@ def compare(
     instead = LowRankStandIns({x: start(m, rank).to(decoder.device) for x, m in moments.items()})
     spent = sum(trained.cost_per_token(x) for x in layers)
     whole = sum(costs.mlp[x] + costs.mixer[x] for x in layers)
-    gain = [costs.mlp[x] - instead.cost_per_token(x) for x in range(decoder.num_layers)]
-    mlps = equal_layers(decoder, layers, whole - spent, gain)
+    mlps, gain = mlps_at_equal_cost(loaded, trained, rank, windows.shape[1])
     copied, coded = CopiedKV(begun), Coded(decoder.num_layers)
     span = SpanGate(coded, layers)
-    ways: dict[str, tuple[Gate, StandIn]] = {
-        MLP: (coded, instead), COPIED: (span, copied), LINEAR: (span, begun), TRAINED: (span, trained),
-    }  # fmt: skip
+    ways: dict[str, tuple[Gate, StandIn]] = {MLP: (coded, instead)}
+    ways |= {} if rival is None else {MLP_TRAINED: (coded, rival)}
+    ways |= {COPIED: (span, copied), LINEAR: (span, begun), TRAINED: (span, trained)}
     generator = torch.Generator().manual_seed(seed)
     sums = {way: torch.zeros(3, 5, dtype=torch.float64) for way in ways}
     gone, tokens = 0, 0
@@ -125,14 +136,14 @@ def compare(
         kinds = torch.stack([~away & before, away, torch.ones_like(away)])[:, :, :-1].flatten(1)
         coin = torch.rand(away.shape, generator=generator).to(away.device)
         for way, (who, standin) in ways.items():
-            shares = mlps if way == MLP else {layers[0]: 1.0}
+            shares = mlps if who is coded else {layers[0]: 1.0}
             coded.away = {x: (away & (coin < share)).flatten() for x, share in shares.items()}
             with skipping(loaded.model, who, standin, decoder=decoder):
                 found = decoder.last_hidden(ids)
             sums[way] += _sums(dense, found, ids, kinds, loaded).cpu()
     rate = gone / max(1, tokens)
-    saved = {MLP: sum(share * gain[x] for x, share in mlps.items()),
-             COPIED: whole - copied.cost_per_token(layers[-1])}  # fmt: skip
+    skipped = sum(share * gain[x] for x, share in mlps.items())
+    saved = {MLP: skipped, MLP_TRAINED: skipped, COPIED: whole - copied.cost_per_token(layers[-1])}
     return [
         _full(sums[TRAINED]),
         *(_row(way, rate * saved.get(way, whole - spent) / costs.total, sums[way]) for way in ways),

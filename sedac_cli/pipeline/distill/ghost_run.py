@@ -9,17 +9,23 @@ import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from sedac_cli.artifacts.files import folder_lock, make_folder, plain
 from sedac_cli.artifacts.manifest import versions
 from sedac_cli.config import TextSpec
-from sedac_cli.gates.base import Guards
+from sedac_cli.errors import UsageError
+from sedac_cli.gates.base import Gate, Guards
+from sedac_cli.gates.span import SpanGate
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.distill.ghost import GhostOptions, GhostTrainer
-from sedac_cli.pipeline.distill.ghost_compare import Compared, compare
+from sedac_cli.pipeline.distill.ghost_compare import Compared, compare, mlps_at_equal_cost
+from sedac_cli.pipeline.distill.given import GivenOptions, GivenTrainer, as_standins
 from sedac_cli.pipeline.distill.run import open_state, read_windows, split
 from sedac_cli.pipeline.world import World
 from sedac_cli.runtime.plan import make_plan
+from sedac_cli.standins import StandIn
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,20 @@ def distill_ghost(
     held, train = split(read_windows(text, loaded.tokenizer), options.seed)
     trainer = GhostTrainer(loaded, train, options, gate, open_state(out, resume, world), progress, world)
     begun = copy.deepcopy(trainer.ghost)
+    mlps = mlps_at_equal_cost(loaded, begun, options.rank, text.max_length)[0]
+    if options.rival and min(mlps) < options.layers[0]:
+        raise UsageError(
+            f"--rival: there are not enough MLPs from layer {options.layers[0]} on to save as much as "
+            f"{len(options.layers)} whole layers",
+            hint="fewer --skip-layers, or shallower ones",
+        )
     trainer.run()
     tokens = trainer.step * options.batch_size * text.max_length * world.size
+    rival = _rival(trainer, tuple(sorted(mlps)), train, gate, progress) if options.rival else None
     rows: list[Compared] = []
     if world.main:
-        rows = compare(loaded, held, trainer.sample(), gate, begun, trainer.ghost, options.rank, seed=options.seed)
+        rows = compare(loaded, held, trainer.sample(), gate, begun, trainer.ghost, options.rank, seed=options.seed,
+                       rival=rival)  # fmt: skip
         recipe = {
             "options": asdict(options), "text": asdict(text), "steps": trainer.step, "tokens": tokens,
             "seconds": trainer.elapsed, "history": trainer.history, "comparison": plain(rows), "processes": world.size,
@@ -69,3 +84,15 @@ def distill_ghost(
     return GhostReport(
         out, options.gate, list(options.layers), trainer.step, tokens, trainer.elapsed, share, len(held), rows
     )
+
+
+def _rival(trainer: GhostTrainer, mlps: tuple[int, ...], train: Tensor, gate: Gate, progress: Progress) -> StandIn:
+    """Stand-ins for MLPs skipped by the tokens that the same gate sends away, at equal cost, trained as long."""
+    options = trainer.options
+    told = GivenOptions(
+        gate=options.gate, rank=options.rank, steps=options.steps, minutes=options.minutes, lr=options.lr,
+        batch_size=options.batch_size, seed=options.seed,
+    )  # fmt: skip
+    given = GivenTrainer(trainer.loaded, train, told, SpanGate(gate, mlps), None, progress, trainer.world)
+    given.run()
+    return as_standins(dict(given.standins))
