@@ -89,6 +89,16 @@ def test_the_loss_is_taken_in_the_form_that_runs(gates, tiny, text_file):
     assert all(p.grad is None for p in tiny.model.parameters())
 
 
+def test_text_stands_for_the_phase_the_gate_acts_in(gates, tiny, text_file, tmp_path):
+    path = Path(gates["fixed"].partition(":")[2])
+    document = json.loads(path.read_text())
+    document["guards"]["prefill"] = False
+    path.write_text(json.dumps(document))
+    report = made(tiny, text_file, gates["fixed"], tmp_path / "gates.pth", steps=1)
+    assert report.ways[TRAINED]["share"] > 0.02
+    assert make_plan(f"fixed:{tmp_path / 'gates.pth'}", tiny.decoder).gate.guards.prefill is False
+
+
 def test_calibrate_and_validate_take_the_file(gates, tiny_folder, tiny, text_file, other_text, tmp_path, sedac):
     path = tmp_path / "gates.pth"
     made(tiny, text_file, gates["stability"], path, steps=2)

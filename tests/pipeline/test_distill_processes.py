@@ -96,3 +96,22 @@ def test_begun_with_another_batch(tmp_path, args, sedac, monkeypatch):
     result = sedac(*mine, "--batch-size", 4, "--resume")
     assert result.code == 3
     assert "batch_size was 8, now 4" in result.err
+
+
+@pytest.mark.parametrize("kind", ["given", "ghost"])
+def test_two_processes_train_the_other_kinds(tmp_path, args, sedac, kind):
+    more = ["--gate", "stability:tau=0.6,k=1,min_layer=2,sinks=1"]
+    if kind == "ghost":
+        more = ["--ghost-kv", "--skip-layers", "1..2", "--gate", "random:0.5"]
+    args = [*args[: args.index("--target-skip")], *more, "--quiet", "--json"]
+    one = sedac(*args, "--batch-size", 8, "--save", tmp_path / "one.pth")
+    assert one.code == 0, one.err
+    two = run_python(*LAUNCH, "-m", "sedac_cli", *args, "--batch-size", 4, "--save", tmp_path / "two.pth")
+    assert two.code == 0, two.err
+    key = "standins" if kind == "given" else "maps"
+    found, expected = (load_tensors(tmp_path / name)[key] for name in ("two.pth", "one.pth"))
+    if kind == "given":
+        found, expected = ({f"{x}.{k}": v for x, s in by.items() for k, v in s.items()} for by in (found, expected))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+    assert two.json["tokens"] == one.json["tokens"]

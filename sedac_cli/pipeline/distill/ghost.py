@@ -132,7 +132,10 @@ class GhostTrainer(Loop):
         return [{"params": list(self.ghost.parameters()), "peak": self.options.lr}]
 
     def running(self) -> contextlib.AbstractContextManager[SkipRun]:
-        return skipping(self.loaded.model, self.gate, self.ghost, decoder=self.decoder, keep_passes=True)
+        return skipping(
+            self.loaded.model, self.gate, self.ghost, decoder=self.decoder, keep_passes=True,
+            prefill=self.gate.guards.prefill,
+        )  # fmt: skip
 
     def compute(self, run: SkipRun, done: float) -> Tensor:
         ids = self.draw()
@@ -143,7 +146,8 @@ class GhostTrainer(Loop):
                 loss, away = self.ghost.losses(batch).sum(), torch.ones((), device=ids.device)
             else:
                 loss, away = self._end_to_end(run, ids)
-        loss.backward()
+        if loss.requires_grad:  # else nobody was away
+            loss.backward()
         run.passes.clear()
         return torch.stack([loss.detach().float(), away])
 

@@ -125,7 +125,14 @@ def compare(
     sums = {way: torch.zeros(3, 5, dtype=torch.float64) for way in ways}
     gone, tokens = 0, 0
     for ids in batches:
-        with skipping(loaded.model, SpanGate(gate, layers), trained, decoder=decoder, keep_passes=True) as run:
+        with skipping(
+            loaded.model,
+            SpanGate(gate, layers),
+            trained,
+            decoder=decoder,
+            keep_passes=True,
+            prefill=gate.guards.prefill,
+        ) as run:
             decoder.last_hidden(ids)
         away = run.passes[0].skipped > 0
         gone, tokens = gone + int(away.sum()), tokens + away.numel()

@@ -1,7 +1,7 @@
 """Train stand-ins for a gate that stays as it is: `fixed`, `cascade`, `soft`, `stability`, and any other that needs none.
 
 The model runs as it will: the runtime that really skips, under the gate's own choices, with the stand-ins' gradients kept.
-A soft gate blends as it will blend. So nothing is written twice, and what is trained is what is used.
+A soft gate blends as it will blend. Text stands for the phase the gate acts in. So nothing is written twice, and what is trained is what is used.
 
     trainer = GivenTrainer(loaded, windows, GivenOptions(gate="stability:tau=0.95", steps=500)); trainer.run()
 """
@@ -78,7 +78,7 @@ class GivenTrainer(Loop):
         """Share of tokens that take a stand-in, alone or blended, by layer: what each layer needs one for."""
         seen = torch.zeros(self.decoder.num_layers, device=self.device)
         watch = _Watch(seen)
-        with skipping(self.loaded.model, self.gate, watch, decoder=self.decoder):
+        with skipping(self.loaded.model, self.gate, watch, decoder=self.decoder, prefill=self.gate.guards.prefill):
             for ids in sample:
                 self.decoder.last_hidden(ids)
         return (self.world.mean(seen) / max(1, sum(ids.numel() for ids in sample))).tolist()
@@ -91,7 +91,10 @@ class GivenTrainer(Loop):
 
     def running(self) -> contextlib.AbstractContextManager[SkipRun]:
         standin = InTraining(self.standins)
-        return skipping(self.loaded.model, self.gate, standin, decoder=self.decoder, keep_passes=True, prefill=True)
+        return skipping(
+            self.loaded.model, self.gate, standin, decoder=self.decoder, keep_passes=True,
+            prefill=self.gate.guards.prefill,
+        )  # fmt: skip
 
     def compute(self, run: SkipRun, done: float) -> Tensor:
         ids = self.draw()
@@ -102,7 +105,7 @@ class GivenTrainer(Loop):
             run.force = None
             gated = self.decoder.last_hidden(ids)
             loss = kl_loss(dense.flatten(0, 1), gated.flatten(0, 1), self.decoder)
-        if loss.requires_grad:
+        if loss.requires_grad:  # else nothing was skipped
             loss.backward()
         skipped = run.passes[-1].skipped.float().mean() / self.decoder.num_layers
         run.passes.clear()
@@ -129,7 +132,9 @@ def measure_given(
     rows = {}
     for name, standin in standins.items():
         sums = torch.zeros(4, dtype=torch.float64)
-        with skipping(loaded.model, gate, standin, decoder=decoder, keep_passes=True, prefill=True) as run:
+        with skipping(
+            loaded.model, gate, standin, decoder=decoder, keep_passes=True, prefill=gate.guards.prefill
+        ) as run:
             for ids in held.long().to(decoder.device).split(batch):
                 run.force = torch.ones_like(ids, dtype=torch.bool)
                 dense = decoder.last_hidden(ids)

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,14 +172,15 @@ class Loop:
         mine = torch.tensor([self.elapsed / (60 * (self.settings.minutes or 1))], device=self.device)
         return float(self.world.joined(mine).max())
 
-    def _reduce(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _reduce(self, parameters: list[nn.Parameter]) -> None:
         if self.world.size > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            # What one process had no use for in this step, another may have had.
+            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
             flat = self.world.mean(torch.cat([g.flatten() for g in gradients]))
             place = 0
-            for g in gradients:
-                g.copy_(flat[place : place + g.numel()].view_as(g))
-                place += g.numel()
+            for p in parameters:
+                p.grad = flat[place : place + p.numel()].view_as(p)
+                place += p.numel()
 
     # Interruption -------------------------------------------------------------------------------------------------
 
