@@ -30,6 +30,17 @@ def parse_layers(text: str) -> list[int]:
     return layers
 
 
+def parse_span(text: str, option: str = "skip-layers") -> tuple[int, ...]:
+    """`"18..21"` -> (18, 19, 20, 21); one number is a span of one."""
+    first, dots, last = (part.strip() for part in text.partition(".."))
+    form = "the first and the last layer, such as 18..21"
+    begin = _number(first, int, option, form)
+    end = _number(last, int, option, form) if dots else begin
+    if not 0 <= begin <= end:
+        raise UsageError(f"--{option}: {text} is no span of layers", hint=f"--{option} takes {form}")
+    return tuple(range(begin, end + 1))
+
+
 def parse_rates(text: str, option: str) -> list[float]:
     """`"0.2,0.6,0.9"` -> floats in [0, 1]."""
     rates = [_number(part, float, option, "numbers such as 0.2,0.6,0.9") for part in _parts(text, option)]

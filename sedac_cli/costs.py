@@ -28,6 +28,11 @@ class Costs:
     def total(self) -> float:
         return sum(self.mlp) + sum(self.mixer) + self.head
 
+    def whole(self, layers: tuple[int, ...]) -> Costs:
+        """Where a token that skips one of these layers skips its attention too."""
+        mlp = tuple(m + (x if i in layers else 0.0) for i, (m, x) in enumerate(zip(self.mlp, self.mixer, strict=True)))
+        return Costs(mlp, tuple(0.0 if i in layers else x for i, x in enumerate(self.mixer)), self.head)
+
     def saved(
         self, skip_rates: list[float], gate: dict[int, float] | None = None, standin: list[float] | None = None
     ) -> float:

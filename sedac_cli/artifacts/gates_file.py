@@ -19,12 +19,16 @@ from sedac_cli.artifacts.tensors import load_tensors, save_tensors
 from sedac_cli.errors import InputError, UsageError
 
 SCHEMA = 1
-KINDS = ("learned", "cascade")
+KINDS = ("learned", "cascade", "fixed", "soft", "stability", "entropy", "always", "random")
 
 
 @dataclass(frozen=True)
 class GatesFile:
-    """`routers` and `standins` are state dicts by layer; `curve` rows hold share, limit and measured quality."""
+    """`routers` and `standins` are state dicts by layer; `curve` rows hold share, limit and measured quality.
+
+    `decided_by`: a thresholds document, of the gate that the stand-ins were trained for and that stayed as it was. Its
+    probes are in `routers`, and the one row of `curve` has no limit.
+    """
 
     kind: str
     model: ModelIdentity
@@ -33,6 +37,7 @@ class GatesFile:
     standins: dict[int, dict[str, Tensor]]
     curve: list[dict[str, float]]
     recipe: dict[str, Any] = field(default_factory=dict)
+    decided_by: dict[str, Any] | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -64,6 +69,7 @@ class GatesFile:
                 "standins": self.standins,
                 "curve": self.curve,
                 "recipe": self.recipe,
+                "decided_by": self.decided_by,
             },
         )
 
@@ -87,4 +93,5 @@ class GatesFile:
             standins=found["standins"],
             curve=found["curve"],
             recipe=found["recipe"],
+            decided_by=found.get("decided_by"),
         )

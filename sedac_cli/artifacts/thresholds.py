@@ -21,7 +21,9 @@ from sedac_cli.errors import InputError
 
 SCHEMA = 1
 PROBED = ("fixed", "cascade", "soft")
-FROM_GATES_FILE = ("learned", "cascade")
+FROM_GATES_FILE = ("learned", "cascade", "fixed", "soft", "stability")
+KNOBS = ("limit", "tighten", "tau")
+"""What moves the gate of a gates file: the limit on its scores, a factor on its thresholds, or the gate's own option."""
 
 
 class ProbeFile(Strict):
@@ -76,7 +78,7 @@ class Thresholds(Strict):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What else the gate was told (`soft`: decay, weights, floor; any: adaptive). The registry checks names and ranges."""
     gates_file: ProbeFile | None = None
-    """Routers (or probes) and stand-ins; `parameters` then hold `limit`."""
+    """Routers (or probes) and stand-ins; `parameters` then hold one of KNOBS."""
     guards: GuardSettings
     target_label: str
     found_by: dict[str, Any]
@@ -100,8 +102,10 @@ class Thresholds(Strict):
             raise ValueError(f"gate '{self.gate}' has no gates_file")
         if bool(self.layers) != (self.gate in PROBED and self.gates_file is None):
             raise ValueError(f"gate '{self.gate}' with {len(self.layers)} layers of probes")
-        if (self.gate == "learned" or self.gates_file) and (self.gates_file is None or "limit" not in self.parameters):
-            raise ValueError(f"gate '{self.gate}' needs a gates_file and a limit")
+        if self.gates_file is None and self.gate == "learned":
+            raise ValueError("gate 'learned' needs a gates_file")
+        if self.gates_file is not None and len(set(KNOBS) & set(self.parameters)) != 1:
+            raise ValueError(f"a gate of a gates_file is set by one of {', '.join(KNOBS)}")
         return self
 
     @property

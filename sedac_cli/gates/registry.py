@@ -20,7 +20,7 @@ from sedac_cli.gates.options import check_options, parse_options
 from sedac_cli.gates.simple import AlwaysGate, NeverGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gates.stability import StabilityGate
-from sedac_cli.probes import load_probe, probe_name
+from sedac_cli.probes import LREProbe, load_probe, probe_name
 
 if TYPE_CHECKING:
     from sedac_cli.artifacts.manifest import ModelIdentity
@@ -113,8 +113,10 @@ def gate_from_thresholds(
     *,
     guards: Guards | None = None,
     adaptive: AdaptiveThresholds | None = None,
+    probes: dict[int, LREProbe] | None = None,
 ) -> Gate:
-    """The gate a thresholds file describes, with its probes from the same folder, checked against the model's width."""
+    """The gate a thresholds file describes, with its probes from the same folder, checked against the model's width, or
+    with those given."""
     if thresholds.gates_file is not None:
         raise UsageError(
             f"gate '{thresholds.gate}' of {thresholds.gates_file.file} comes with stand-ins: it cannot run without them",
@@ -122,10 +124,11 @@ def gate_from_thresholds(
         )
     if not thresholds.probes:
         return _gate_from_parameters(thresholds, decoder, guards or Guards(**thresholds.guards.model_dump()))
-    probes = {}
-    for layer, probe in thresholds.probes.items():
-        probe.verify(folder)
-        probes[layer] = load_probe(folder / probe.file, decoder.hidden_size)
+    if probes is None:
+        probes = {}
+        for layer, probe in thresholds.probes.items():
+            probe.verify(folder)
+            probes[layer] = load_probe(folder / probe.file, decoder.hidden_size)
     guards = guards or Guards(**thresholds.guards.model_dump())
     where = f"the file of gate '{thresholds.gate}'"
     told = dict(thresholds.parameters)

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from sedac_cli.models import LoadedModel, load_model
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.labels import UNITS, Target, label_batch
 from sedac_cli.pipeline.spool import Batch, Spool, all_batches, read_rows
+from sedac_cli.pipeline.world import World
 
 log = logging.getLogger("sedac")
 
@@ -84,7 +85,7 @@ def label_name(layer: int | str) -> str:
 def collect(
     options: CollectOptions, model: ModelSpec, text: TextSpec, progress: Progress = quiet_progress
 ) -> CollectReport:
-    world = _World.join()
+    world = World.join()
     if options.resume and options.overwrite:
         raise UsageError("--resume and --overwrite contradict each other")
     if world.main:
@@ -103,40 +104,6 @@ def collect(
             report = run.finish() if world.main else None
         world.wait()
     return report or run.describe_worker()
-
-
-class _World:
-    """The processes of one run: alone, or started by `accelerate launch`."""
-
-    def __init__(self, state: Any | None):
-        self.state = state
-        self.rank = state.process_index if state else 0
-        self.size = state.num_processes if state else 1
-        self.main = self.rank == 0
-
-    @classmethod
-    def join(cls) -> _World:
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(None)
-        from accelerate import PartialState
-
-        # Told so, accelerate joins CPU processes whoever started them; left to itself, only those of its own launcher.
-        return cls(PartialState(cpu=not torch.cuda.is_available()))
-
-    def wait(self) -> None:
-        if self.state:
-            self.state.wait_for_everyone()
-
-    def only_main(self, make: Callable[[], Any]) -> Any:
-        from contextlib import nullcontext
-
-        return make() if self.main else nullcontext()
-
-    def place(self, model: ModelSpec) -> ModelSpec:
-        """Each process on its own device, unless the user named one."""
-        from dataclasses import replace
-
-        return replace(model, device=str(self.state.device)) if self.state and model.device == "auto" else model
 
 
 @contextlib.contextmanager
@@ -178,7 +145,7 @@ def collect_settings(options: CollectOptions, text: TextSpec) -> dict[str, Any]:
 
 
 class _Collection:
-    def __init__(self, options: CollectOptions, text: TextSpec, loaded: LoadedModel, world: _World, progress: Progress):
+    def __init__(self, options: CollectOptions, text: TextSpec, loaded: LoadedModel, world: World, progress: Progress):
         self.options, self.text, self.loaded, self.world = options, text, loaded, world
         self.progress = progress
         self.decoder = loaded.decoder

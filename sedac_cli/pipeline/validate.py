@@ -20,6 +20,7 @@ from sedac_cli.costs import Costs, model_costs
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Gate
 from sedac_cli.gates.deep import DeepThinking
+from sedac_cli.gates.span import SpanGate
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.data import CollectedData
@@ -91,6 +92,8 @@ def validate(
             refuse_overlap(corpus, data)
     evaluation = evaluate(loaded, gate, corpus, options.batch_size, standin, progress, options.deep)
     costs = model_costs(loaded.decoder, int(evaluation.context))
+    if isinstance(gate, SpanGate):
+        costs = costs.whole(gate.layers)
     entropy = _entropy_by_exit(evaluation)
     collected = None
     if data is not None and all(layer in data.layers for layer in range(gate.num_layers) if gate.reads(layer)):

@@ -5,13 +5,14 @@ plan = make_plan("learned:sedac_data/sedac_gates.pth@0.25", loaded.decoder, load
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sedac_cli.artifacts.gates_file import GatesFile
+from sedac_cli.artifacts.gates_file import KINDS, GatesFile
 from sedac_cli.artifacts.manifest import ModelIdentity
 from sedac_cli.artifacts.thresholds import FROM_GATES_FILE, Thresholds
 from sedac_cli.errors import InputError, UsageError
@@ -21,8 +22,10 @@ from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.probed import ProbeGate
 from sedac_cli.gates.registry import build_gate, gate_from_thresholds, read_thresholds
+from sedac_cli.gates.span import SpanGate
 from sedac_cli.probes import LREProbe
 from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.ghost import GhostKV
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Decoder
 
@@ -37,10 +40,12 @@ def make_plan(
     spec: str, decoder: Decoder, identity: ModelIdentity | None = None, *, seed: int = 0, guards: Guards | None = None
 ) -> Plan:
     """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made, `NAME:FILE.json` what `sedac calibrate` chose;
-    all others are gates with zero stand-ins."""
+    `ghost:FILE.pth@GATE` skips whole layers; all others are gates with zero stand-ins."""
     name, _, argument = spec.partition(":")
+    if name == "ghost":
+        return plan_from_ghost(argument, decoder, identity, seed, guards)
     path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
-    if name in ("learned", "cascade", "fixed") and path.endswith(".pth"):
+    if name in KINDS and path.endswith(".pth"):
         return plan_from_gates(Path(path), name, share, decoder, identity, guards)
     if argument.endswith(".json") and name in FROM_GATES_FILE:
         thresholds = read_thresholds(Path(argument), name)
@@ -63,6 +68,30 @@ def adapt(plan: Plan, rates: Sequence[float], calibration_steps: int = 50) -> Ad
     return gate.adaptive
 
 
+def plan_from_ghost(
+    argument: str, decoder: Decoder, identity: ModelIdentity | None, seed: int, guards: Guards | None
+) -> Plan:
+    """`FILE@GATE`: the gate says who skips the file's layers whole. Stand-ins of its own that it brings are not used."""
+    file, _, who = argument.partition("@")
+    if not file:
+        raise UsageError("ghost K and V need a file", hint=SpanGate.form)
+    ghost = GhostKV.load(Path(file), identity)
+    told = ghost.recipe.get("options", {})
+    if not who and str(told.get("gate", "")).startswith("random:"):
+        who = told["gate"]
+    if not who or who.startswith("ghost"):
+        raise UsageError(f"who skips the layers of {file}?", hint=f"ghost:{file}@random:0.3, or another gate's spec")
+    if ghost.hidden_size != decoder.hidden_size or ghost.last >= decoder.num_layers:
+        raise InputError(
+            f"{file} is for states of width {ghost.hidden_size} and layers up to {ghost.last}; "
+            f"the model has width {decoder.hidden_size} and {decoder.num_layers} layers"
+        )
+    if guards is None and who.startswith(("random:", "always:")):
+        guards = Guards(sinks=told.get("sinks", 0))
+    gate = make_plan(who, decoder, identity, seed=seed, guards=guards).gate
+    return Plan(SpanGate(gate, ghost.layers), ghost)
+
+
 def plan_from_thresholds(
     thresholds: Thresholds,
     folder: Path,
@@ -78,15 +107,25 @@ def plan_from_thresholds(
     thresholds.gates_file.verify(folder, "gates file")
     path = folder / thresholds.gates_file.file
     found = _read_gates(path, thresholds.gate, identity)
-    return plan_at(
-        found, path, float(thresholds.parameters["limit"]), decoder, guards or Guards(**thresholds.guards.model_dump())
-    )
+    guards = guards or Guards(**thresholds.guards.model_dump())
+    if found.decided_by is not None:
+        return plan_given(found, path, decoder, guards, thresholds.parameters)
+    if "limit" not in thresholds.parameters:
+        raise InputError(f"{path} was trained with its gate: the thresholds in {folder} name no limit for it")
+    return plan_at(found, path, float(thresholds.parameters["limit"]), decoder, guards)
 
 
 def plan_from_gates(
     path: Path, name: str, share: str, decoder: Decoder, identity: ModelIdentity | None, guards: Guards | None
 ) -> Plan:
     found = _read_gates(path, name, identity)
+    if found.decided_by is not None:
+        if share:
+            raise UsageError(
+                f"the stand-ins of {path} are for a gate whose own thresholds decide: it has no shares to choose from",
+                hint=f"{name}:{path}",
+            )
+        return plan_given(found, path, decoder, guards)
     try:
         wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
     except ValueError:
@@ -115,6 +154,27 @@ def plan_at(found: GatesFile, path: Path, limit: float, decoder: Decoder, guards
     last = decoder.num_layers - 1 - max(found.standins)
     guards = Guards(guards.sinks, guards.first, max(guards.last, last), guards.prefill, guards.decode)
     return Plan(CascadeGate(decoder.num_layers, probes, dict.fromkeys(probes, threshold), guards=guards), standin)
+
+
+def plan_given(
+    found: GatesFile, path: Path, decoder: Decoder, guards: Guards | None = None, knobs: Mapping[str, Any] | None = None
+) -> Plan:
+    """A gate that stayed as it was, and the stand-ins trained for it. `knobs`: `tighten`, a factor on its thresholds, or
+    options of its own that go before those it was trained under."""
+    told = Thresholds.model_validate(found.decided_by)
+    own = {key: value for key, value in (knobs or {}).items() if key in told.parameters}
+    factor = float((knobs or {}).get("tighten", 1.0))
+    told = told.model_copy(
+        update={"parameters": told.parameters | own, "thresholds": [factor * value for value in told.thresholds]}
+    )
+    probes = {layer: _load_probe(state) for layer, state in found.routers.items()}
+    for layer, probe in probes.items():
+        if probe.hidden_size != decoder.hidden_size:
+            raise InputError(
+                f"{path}: the probe of layer {layer} reads width {probe.hidden_size}, the model's is {decoder.hidden_size}"
+            )
+    gate = gate_from_thresholds(told, path.parent, decoder, guards=guards, probes=probes)
+    return Plan(gate, LowRankStandIns({layer: _load_standin(state) for layer, state in found.standins.items()}))
 
 
 def _load_router(state: dict[str, torch.Tensor], decoder: Decoder, path: Path) -> Router:

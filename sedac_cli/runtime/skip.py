@@ -101,12 +101,20 @@ def skipping(
         plan = make_plan(gate, decoder)
         gate, standin = plan.gate, standin or plan.standin
     run = SkipRun(decoder, gate, keep_passes, on_pass=on_pass, prefill=prefill)
-    installed = _Installed(run, standin or ZeroStandIn())
+    installed = _installed(run, standin or ZeroStandIn())
     try:
         installed.install()
         yield run
     finally:
         installed.remove()
+
+
+def _installed(run: SkipRun, standin: StandIn) -> _Installed:
+    if callable(getattr(standin, "leave", None)):  # it stands in for whole layers
+        from sedac_cli.runtime.ghost import GhostInstalled
+
+        return GhostInstalled(run, standin, standin)  # type: ignore[arg-type]
+    return _Installed(run, standin)
 
 
 class _Installed:

@@ -251,7 +251,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, args, whole):
 def test_processes_of_any_launcher_find_each_other(monkeypatch):
     """torchrun on a machine without a GPU: accelerate must be told to join, or each process thinks it is alone."""
     accelerate = pytest.importorskip("accelerate")
-    from sedac_cli.pipeline.collect import _World
+    from sedac_cli.pipeline.world import World
 
     told = []
 
@@ -264,10 +264,10 @@ def test_processes_of_any_launcher_find_each_other(monkeypatch):
     monkeypatch.setattr(accelerate, "PartialState", State)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    world = _World.join()
+    world = World.join()
     assert (told, world.rank, world.size, world.main) == ([True], 1, 2, False)
     monkeypatch.delenv("WORLD_SIZE")
-    assert (_World.join().main, _World.join().size) == (True, 1)
+    assert (World.join().main, World.join().size) == (True, 1)
 
 
 # The spool ---------------------------------------------------------------------------------------------------

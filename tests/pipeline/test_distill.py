@@ -14,8 +14,9 @@ from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.learned import Router
 from sedac_cli.pipeline.distill.blend import blended
 from sedac_cli.pipeline.distill.curve import measure_curve
-from sedac_cli.pipeline.distill.scan import Moments, start
-from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer, exported
+from sedac_cli.pipeline.distill.loop import exported
+from sedac_cli.pipeline.distill.scan import Moments, spread_ranks, start
+from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer
 from sedac_cli.runtime.plan import make_plan
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.standins.lowrank import LowRank
@@ -69,15 +70,52 @@ def test_the_start_recovers_a_low_rank_mlp_from_moments():
     assert worse > 0.1
 
 
+def test_ranks_go_where_harm_is():
+    """Two layers alike but for their harm, a third whose map has one direction only: it has no use for more."""
+    torch.manual_seed(0)
+    x = torch.randn(3000, 16)
+    noise = 0.5 * torch.randn(3000, 16)
+    full, single = torch.randn(16, 16), torch.randn(16, 1) @ torch.randn(1, 16)
+    moments = {}
+    for layer, weight in ((0, full), (1, full), (2, single)):
+        moments[layer] = Moments.of(16, 16, torch.device("cpu"))
+        moments[layer].add(x, x @ weight + noise)
+    ranks = spread_ranks(moments, {0: 0.4, 1: 0.02, 2: 0.2}, (0, 1, 2), rank=8)
+    assert sum(ranks.values()) == 24
+    assert ranks[2] == 2
+    assert ranks[0] > ranks[1]
+    even = spread_ranks(moments, {0: 0.1, 1: 0.1, 2: 0.1}, (0, 1), rank=8)
+    assert even == {0: 8, 1: 8}
+
+
+def test_the_error_behind_the_ranks_is_that_of_the_standin():
+    moments = Moments.of(6, 6, torch.device("cpu"))
+    x = torch.randn(500, 6)
+    y = torch.randn(500, 6)
+    moments.add(x[:200], y[:200])
+    moments.add(x[200:], y[200:])
+    assert moments.yy == pytest.approx(float(y.pow(2).sum()), rel=1e-5)
+
+
+def test_the_file_keeps_the_rank_of_each_layer(loaded, windows, tmp_path):
+    trainer = Trainer(loaded, windows, options(rank_by="importance", steps=3, layers=(1, 2, 3, 4)))
+    assert sum(trainer.ranks.values()) == 4 * 8
+    trainer.run()
+    write(trainer, tmp_path / "g.pth", [{"share": 0.2, "limit": 0.0}])
+    standin = make_plan(f"learned:{tmp_path / 'g.pth'}@0.2", loaded.decoder).standin
+    assert {x: m.rank for x, m in standin.by_layer.items()} == trainer.ranks
+    assert all(standin.cost_per_token(x) == 4 * 32 * rank for x, rank in trainer.ranks.items())
+
+
 def test_no_router_gains_by_moving_all_scores_alike(loaded, windows):
     trainer = Trainer(loaded, windows, options())
     for module in (*trainer.routers.values(), *trainer.standins.values()):
         module.requires_grad_(True)
     with blended(loaded.decoder, trainer.standins, trainer.routers, latch=False, sinks=2) as control:
-        trainer._step(control, 0.5)  # the first step of all fills the table of limits
+        trainer.compute(control, 0.5)  # the first step of all fills the table of limits
         for module in trainer.routers.values():
             module.zero_grad()
-        trainer._step(control, 0.5)
+        trainer.compute(control, 0.5)
     biases = torch.tensor([float(router.bias.grad) for router in trainer.routers.values()])
     assert biases.abs().max() > 0
     assert abs(biases.sum()) < 1e-4 * biases.abs().sum()
@@ -143,6 +181,7 @@ def test_router_by_hand():
     ("changes", "message"),
     [
         ({"gate": "soft"}, "cannot be distilled"),
+        ({"rank_by": "size"}, "is not known"),
         ({"target_skip": 1.5}, "between 0 and 1"),
         ({"steps": None}, "--steps or --minutes"),
     ],

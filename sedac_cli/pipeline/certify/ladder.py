@@ -36,6 +36,8 @@ RATES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0
 """Target exit rates per checkpoint."""
 TAUS = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7, 0.5)
 ENTROPY_THRESHOLDS = tuple(round(1.15 - 0.05 * step, 2) for step in range(20))
+TIGHTEN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35, 1.5)
+"""Factors on the thresholds that stand-ins were trained under."""
 PROBABILITIES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 SHARES = 16
 """Points along the measured curve of a gates file."""
@@ -131,6 +133,8 @@ def _from_gates_file(name: str, argument: str, site: Site) -> Ladder:
     if gates.kind != name:
         raise UsageError(f"{path} holds gate '{gates.kind}', not '{name}'", hint=f"{gates.kind}:{path}")
     gates.model.require_same(site.identity, str(path))
+    if gates.decided_by is not None:
+        return _from_given(name, path, most, gates, site)
     measured = [row["share"] for row in gates.curve]
     try:
         top = float(most) if most else max(measured)
@@ -144,6 +148,21 @@ def _from_gates_file(name: str, argument: str, site: Site) -> Ladder:
         setting = {"share": round(share, 4), "limit": gates.limit_for(min(share, top))}
         rungs.append(Rung(setting, draft(name, site, guards, parameters=setting, gates_file=digest)))
     return Ladder(name, rungs, _never(site))
+
+
+def _from_given(name: str, path: Path, most: str, gates: GatesFile, site: Site) -> Ladder:
+    """Stand-ins of a gate that stayed as it was: its thresholds times a factor, or its own option, from strict to loose."""
+    if most:
+        raise UsageError(f"{path} holds a gate whose own thresholds decide: no share", hint=f"{name}:{path}")
+    told = Thresholds.model_validate(gates.decided_by)
+    guards = stricter(site.guards, Guards(**told.guards.model_dump()))
+    digest = ProbeFile(file=os.path.relpath(path, site.seen_from), sha256=sha256_file(path))
+    knob, values = ("tau", TAUS) if name == "stability" else ("tighten", TIGHTEN)
+    return Ladder(
+        name,
+        [Rung({knob: x}, draft(name, site, guards, parameters={knob: x}, gates_file=digest)) for x in values],
+        _never(site),
+    )
 
 
 def _stability(argument: str, site: Site) -> Ladder:

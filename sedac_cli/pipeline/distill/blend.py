@@ -35,6 +35,8 @@ class Control:
     noise: Tensor = field(default_factory=lambda: torch.zeros(()))
     limit: Tensor = field(default_factory=lambda: torch.zeros(0))
     sinks: int = 4
+    part: tuple[int, int] = (0, 1)
+    """Which part of how many equal ones this process has of the batch: noise is drawn for all of it."""
     running: Any = None
     layers: dict[int, Blend] = field(default_factory=dict)
 
@@ -91,7 +93,9 @@ class Blend(nn.Module):
     def shaken(self, score: Tensor) -> Tensor:
         """Score plus logistic noise. A straight-through gradient shows a skipped token all the harm of its own choice and
         a kept one none of it, so without noise every score is drawn to the limit; tossed both ways, each sees both."""
-        uniform = torch.rand_like(score).clamp(1e-6, 1 - 1e-6)
+        part, parts = self.control.part
+        whole = torch.rand((parts * score.shape[0], *score.shape[1:]), dtype=score.dtype, device=score.device)
+        uniform = whole[part * score.shape[0] : (part + 1) * score.shape[0]].clamp(1e-6, 1 - 1e-6)
         self.jitter = self.control.noise * (uniform.log() - torch.log1p(-uniform))
         return self.mask(score + self.jitter)
 
@@ -131,9 +135,10 @@ def blended(
     latch: bool,
     sinks: int,
     compile_layers: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[Control]:
     """Put a Blend in the place of every gated MLP; on leaving, the model is as it was."""
-    control = Control(sinks=sinks)
+    control = Control(sinks=sinks, part=part)
     undo: list[Any] = []
     try:
         for layer, standin in sorted(standins.items()):

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from sedac_cli.pipeline.distill.blend import NEVER
+from sedac_cli.pipeline.world import World
 
 GRID = torch.linspace(0.02, 0.98, 49)
+MOST_SCORES = 200_000
+"""More than these are sampled: the quantiles do not change, the time does."""
 
 
 class BudgetTable:
@@ -34,11 +37,14 @@ class BudgetTable:
         self.gain = (self.gain * (0.1 * (wanted - got) / wanted.clamp_min(0.02)).exp()).clamp(0.5, 2.0)
 
     @torch.no_grad()
-    def update(self, scores: Tensor) -> None:
-        """Blend in the quantiles of one pass's scores [governed, B, T]; tokens that may never skip count as never."""
-        flat = scores.flatten()
-        if flat.numel() > 200_000:
-            flat = flat[torch.randint(flat.numel(), (200_000,), device=flat.device)]
+    def update(self, scores: Tensor, world: World | None = None) -> None:
+        """Blend in the quantiles of one pass's scores [governed, B, T], those of all processes; tokens that may never skip
+        count as never."""
+        world = world or World()
+        flat, most = scores.flatten(), MOST_SCORES // world.size
+        if flat.numel() > most:
+            flat = flat[torch.randint(flat.numel(), (most,), device=flat.device)]
+        flat = world.joined(flat)
         usable = flat > NEVER / 2
         found = torch.quantile(flat[usable].float(), 1 - self.grid)
         weight = self.smoothing if self.seen else 0.0

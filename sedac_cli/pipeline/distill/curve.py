@@ -16,7 +16,7 @@ from sedac_cli.pipeline.distill.blend import blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.train import Trainer
 
-SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 BATCH = 16
 
 
@@ -57,7 +57,7 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
                 after = decoder.last_hidden(ids)
                 skipped = (control.scores() > limit).float().mean() * trainer.table.ceiling
                 sums += torch.cat(
-                    [_compare(before, after, ids, trainer.loaded), skipped.double().view(1) * ids.numel()]
+                    [compare_sums(before, after, ids, trainer.loaded), skipped.double().view(1) * ids.numel()]
                 )
             tokens, predicted = held.numel(), held.shape[0] * (held.shape[1] - 1)
             nll_dense, nll_gated, agree, kl, skip = sums.tolist()
@@ -74,7 +74,7 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
     return rows
 
 
-def _compare(dense: Tensor, gated: Tensor, ids: Tensor, loaded: LoadedModel) -> Tensor:
+def compare_sums(dense: Tensor, gated: Tensor, ids: Tensor, loaded: LoadedModel) -> Tensor:
     """Sums over predicted tokens: nll dense, nll gated, agreements, KL."""
     d, g, y = dense[:, :-1].flatten(0, 1), gated[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     sums = torch.zeros(4, dtype=torch.float64, device=ids.device)

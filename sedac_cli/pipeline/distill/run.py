@@ -5,8 +5,6 @@ report = distill(loaded, text, DistillOptions(minutes=8), Path("sedac_data/sedac
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.distill.curve import measure_curve
-from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer, exported
-
-log = logging.getLogger("sedac")
+from sedac_cli.pipeline.distill.loop import exported
+from sedac_cli.pipeline.distill.train import DistillOptions, LatchRouter, Trainer
+from sedac_cli.pipeline.world import World
 
 HELD_SHARE, MAX_HELD = 0.05, 192
 
@@ -41,6 +39,7 @@ class DistillReport:
     curve: list[dict[str, float]]
     harm: dict[int, float]
     standin_cost: float
+    ranks: dict[int, int]
 
 
 def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
@@ -54,29 +53,40 @@ def read_windows(text: TextSpec, tokenizer: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def split(windows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """(held out for the figures, to train on)."""
+    held = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:held]], windows[order[held:]]
+
+
+def open_state(out: Path, resume: bool, world: World) -> Path:
+    """Where the training stands is written to; what an earlier run left is gone for all processes unless resumed."""
+    state = out.with_suffix(".training.pt")
+    if not resume and world.main:
+        state.unlink(missing_ok=True)
+    world.wait()
+    return state
+
+
 def distill(
     loaded: LoadedModel, text: TextSpec, options: DistillOptions, out: Path, resume: bool = False,
-    progress: Progress = quiet_progress,
+    progress: Progress = quiet_progress, world: World | None = None,
 ) -> DistillReport:  # fmt: skip
-    accelerator = _accelerator()
-    main = accelerator is None or accelerator.is_main_process
-    make_folder(out.parent)
-    windows = read_windows(text, loaded.tokenizer)
-    held_count = min(MAX_HELD, max(4, round(HELD_SHARE * len(windows))))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
-    held, train = windows[order[:held_count]], windows[order[held_count:]]
-    state = out.with_suffix(".training.pt")
-    if not resume and main:
-        state.unlink(missing_ok=True)
-    trainer = Trainer(loaded, train, options, state, progress, accelerator)
+    world = world or World()
+    if world.main:
+        make_folder(out.parent)
+    held, train = split(read_windows(text, loaded.tokenizer), options.seed)
+    state = open_state(out, resume, world)
+    trainer = Trainer(loaded, train, options, state, progress, world)
     trainer.run()
-    curve = measure_curve(trainer, held) if main else []
+    curve = measure_curve(trainer, held) if world.main else []
     standins = {layer: exported(module, torch.bfloat16) for layer, module in trainer.standins.items()}
     routers = {
         layer: exported(module.probe if isinstance(module, LatchRouter) else module)
         for layer, module in trainer.routers.items()
     }
-    tokens = trainer.step * options.batch_size * text.max_length * (accelerator.num_processes if accelerator else 1)
+    tokens = trainer.step * options.batch_size * text.max_length * world.size
     recipe = {
         "options": asdict(options),
         "text": asdict(text),
@@ -85,16 +95,26 @@ def distill(
         "seconds": trainer.elapsed,
         "history": trainer.history,
         "harm": trainer.harm,
+        "ranks": trainer.ranks,
+        "processes": world.size,
         "versions": versions(),
     }
-    if main:
+    if world.main:
         with folder_lock(out.parent):
             GatesFile(options.gate, loaded.identity, options.sinks, routers, standins, curve, recipe).write(out)
         state.unlink(missing_ok=True)
-    layer = trainer.layers[0]
-    share = trainer.standins[layer].flops() / _mlp_flops(loaded, layer)  # type: ignore[operator]
+    shares = [trainer.standins[x].flops() / _mlp_flops(loaded, x) for x in trainer.layers]  # type: ignore[operator]
     return DistillReport(
-        out, options.gate, list(trainer.layers), trainer.step, tokens, trainer.elapsed, curve, trainer.harm, share
+        out,
+        options.gate,
+        list(trainer.layers),
+        trainer.step,
+        tokens,
+        trainer.elapsed,
+        curve,
+        trainer.harm,
+        sum(shares) / len(shares),
+        trainer.ranks,
     )
 
 
@@ -102,11 +122,3 @@ def _mlp_flops(loaded: LoadedModel, layer: int) -> float:
     from sedac_cli.costs import branch_flops
 
     return branch_flops(loaded.decoder.branches[layer].entry, loaded.model.config.get_text_config())
-
-
-def _accelerator() -> Any:
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    from accelerate import Accelerator
-
-    return Accelerator()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError, SedacError
+from sedac_cli.gates.span import SpanGate
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, end_tokens
 from sedac_cli.runtime.graph.describe import describe
@@ -97,6 +98,11 @@ class GraphEngine:
         """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out."""
         if capture:
             require_graphs(loaded)
+        if isinstance(plan.gate, SpanGate):
+            raise InputError(
+                "the graph engine skips MLPs; tokens that skip whole layers (ghost K and V) run in the eager engine",
+                hint="--engine eager",
+            )
         if batch < 1 or max_length < 2:
             raise InputError(f"a graph engine for {batch} sequences of {max_length} tokens")
         self.loaded, self.plan, self.batch, self.burst, self.capture = loaded, plan, batch, burst, capture
