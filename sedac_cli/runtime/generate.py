@@ -70,12 +70,7 @@ def generate(
 ) -> Generated:
     inputs = encode_prompts(loaded, prompts, options)
     width = inputs["input_ids"].shape[1]
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and width + options.max_new_tokens > limit:
-        raise InputError(
-            f"a prompt of {width} tokens and {options.max_new_tokens} new ones exceed the model's {limit} positions",
-            hint=f"--max-new-tokens {max(1, limit - width)} or a shorter prompt",
-        )
+    check_room(loaded, width, options.max_new_tokens)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
@@ -91,8 +86,21 @@ def generate(
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
-    ends = set() if options.ignore_eos else set(_as_list(loaded.model.generation_config.eos_token_id))
-    return _describe(loaded, run.passes, new, ends, int(inputs["attention_mask"].sum()), total)
+    return _describe(loaded, run.passes, new, end_tokens(loaded, options), int(inputs["attention_mask"].sum()), total)
+
+
+def check_room(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt + new_tokens > limit:
+        raise InputError(
+            f"a prompt of {prompt} tokens and {new_tokens} new ones exceed the model's {limit} positions",
+            hint=f"--max-new-tokens {max(1, limit - prompt)} or a shorter prompt",
+        )
+
+
+def end_tokens(loaded: LoadedModel, options: GenerateOptions) -> set[int]:
+    """Tokens that end a text."""
+    return set() if options.ignore_eos else set(_as_list(loaded.model.generation_config.eos_token_id))
 
 
 def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOptions) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel, load_model
-from sedac_cli.runtime.generate import GenerateOptions, encode_prompts
+from sedac_cli.runtime.generate import GenerateOptions, check_room, encode_prompts
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import skipping
 
@@ -224,9 +224,3 @@ class GraphSession:
 
 def gaps(times: list[float]) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(times)]
-
-
-def check_room(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and prompt + new_tokens > limit:
-        raise InputError(f"a prompt of {prompt} tokens and {new_tokens} new ones exceed the model's {limit} positions")
