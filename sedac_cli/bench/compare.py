@@ -110,7 +110,16 @@ def _samples(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[st
 
 def _pairs(samples: dict[str, Any], field: str) -> Array:
     pairs = zip(samples["dense"], samples["own"], strict=False)
-    return np.array([d[field] / o[field] for d, o in pairs if d[field] and o[field]], dtype=np.float64)
+    found = [
+        _per_token(d, field) / _per_token(o, field)
+        for d, o in pairs
+        if d[field] and o[field] and d["new_tokens"] and o["new_tokens"]
+    ]
+    return np.array(found, dtype=np.float64)
+
+
+def _per_token(sample: dict[str, Any], field: str) -> float:
+    return sample[field] / sample["prompt_tokens" if field == "prefill_seconds" else "new_tokens"]
 
 
 def _ratio_of_medians(rng: np.random.Generator, a: Array, b: Array) -> Array:
@@ -154,6 +163,8 @@ def _quality(
     where = "quality" + ("" if same else ", other text")
     found = []
     for figure, value, more in (("ppl ratio", _ppl_ratio, False), ("agreement", _agreement, True)):
+        if figure == "agreement" and not ("agree" in a and "agree" in b):  # a server tells none
+            continue
         drawn = value({k: v[picks_b] for k, v in b.items()}) / value({k: v[picks_a] for k, v in a.items()})
         found.append(_change(name, where, figure, float(value(a)), float(value(b)), drawn, more, size_a, size_b,
                              confidence, min_change))  # fmt: skip

@@ -5,6 +5,7 @@ paired([2.0, 2.1], [1.0, 1.1])      # how many times faster, pair by pair
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +56,10 @@ class Run:
     @property
     def decode_tokens(self) -> int:
         return self.new_tokens - self.sequences
+
+
+def gaps(times: Sequence[float]) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float] | None:

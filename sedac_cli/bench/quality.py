@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from sedac_cli.bench.matrix import Quality
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
@@ -48,3 +50,28 @@ def task_scores(loaded: LoadedModel, plan: Plan, wanted: Quality) -> dict[str, A
             f"tasks {', '.join(wanted.tasks)}: not available here ({error})", hint="pip install 'sedac[eval]'"
         ) from None
     return evaluation.task_scores(loaded, plan, wanted.tasks, limit=wanted.task_limit)
+
+
+def quality_from_logprobs(dense: list[list[float]] | None, own: list[list[float]], seed: int) -> dict[str, Any]:
+    """Perplexity from log-probabilities per sequence, beside dense's where there is one and it saw the same tokens."""
+    base = own if dense is None else dense
+    if [len(row) for row in base] != [len(row) for row in own]:
+        raise InputError("dense and this configuration cut the same text into different tokens: not the same model")
+    tokens = np.array([len(row) for row in own], dtype=np.float64)
+    sums = {name: np.array([-sum(row) for row in rows]) for name, rows in (("nll_dense", base), ("nll_gated", own))}
+    picks = np.random.default_rng(seed).integers(0, len(own), size=(1000, len(own)))
+
+    def measures(rows: Any) -> dict[str, Any]:
+        total = tokens[rows].sum(-1)
+        a, b = (sums[name][rows].sum(-1) / total for name in ("nll_dense", "nll_gated"))
+        found = {"ppl_gated": np.exp(b)}
+        return found if dense is None else {"ppl_dense": np.exp(a), **found, "ppl_ratio": np.exp(b - a)}
+
+    drawn = measures(picks)
+    return {
+        "measures": {name: float(value) for name, value in measures(np.arange(len(own))).items()},
+        "intervals": {name: [float(x) for x in np.quantile(values, [0.025, 0.975])] for name, values in drawn.items()},
+        "sequences": len(own),
+        "predicted_tokens": int(tokens.sum()),
+        "per_sequence": {"tokens": tokens.tolist(), **{name: values.tolist() for name, values in sums.items()}},
+    }

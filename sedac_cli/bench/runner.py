@@ -24,7 +24,7 @@ from sedac_cli.bench.plans import label_of
 from sedac_cli.bench.workload import Workload
 from sedac_cli.config import TextSpec
 from sedac_cli.corpus import Corpus
-from sedac_cli.errors import SedacError
+from sedac_cli.errors import InputError, SedacError
 from sedac_cli.pipeline import Progress, quiet_progress
 
 Save = Callable[[dict[str, Any]], None]
@@ -111,11 +111,21 @@ def _run_cell(
                         pairs = _interleaved(matrix, backend, workload, cell, base, own, experiment)
                 pooled += [run for run, _ in pairs if run is not None]
                 result["cells"].append(_cell(cell, pairs))
+                _note_failures(result, cell, note)
             except Exception as error:
                 _crashed(result, cell, error, note)
             bar.update(1)
     if dense is not None and pooled:
         results[dense.name]["cells"].append(_cell(cell, [(None, run) for run in pooled]))
+        _note_failures(results[dense.name], cell, note)
+
+
+def _note_failures(result: dict[str, Any], cell: Cell, note: Callable[[str], None]) -> None:
+    """Requests that failed are in the samples; that there were any is in the table, and no success."""
+    found = result["cells"][-1].get("requests")
+    if found and found["failed"]:
+        reasons = "; ".join(f"{count}x {error}" for error, count in found["errors"].items())
+        _crashed(result, cell, InputError(f"{found['failed']} of {found['sent']} requests failed: {reasons}"), note)
 
 
 def _prompts(matrix: Matrix, backend: Backend, workload: Workload, cell: Cell) -> list[list[str]]:
@@ -133,7 +143,7 @@ def _prompts(matrix: Matrix, backend: Backend, workload: Workload, cell: Cell) -
 def _alone(matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, session: Session) -> list[Run]:
     prompts = _prompts(matrix, backend, workload, cell)
     for _ in range(matrix.warmup):
-        session.run(prompts[0], cell.new_tokens)
+        session.run(prompts[0][: cell.batch], cell.new_tokens)
     return [session.run(batch, cell.new_tokens) for batch in prompts]
 
 
@@ -148,8 +158,8 @@ def _interleaved(
 ) -> list[tuple[Run | None, Run]]:
     prompts = _prompts(matrix, backend, workload, cell)
     for _ in range(matrix.warmup):
-        base.run(prompts[0], cell.new_tokens)
-        own.run(prompts[0], cell.new_tokens)
+        base.run(prompts[0][: cell.batch], cell.new_tokens)
+        own.run(prompts[0][: cell.batch], cell.new_tokens)
     pairs: list[tuple[Run | None, Run]] = []
     for batch in prompts:
         dense, run = base.run(batch, cell.new_tokens), own.run(batch, cell.new_tokens)
@@ -163,15 +173,30 @@ def _interleaved(
 def _cell(cell: Cell, pairs: list[tuple[Run | None, Run]]) -> dict[str, Any]:
     own = [run for _, run in pairs]
     dense = [run for run, _ in pairs if run is not None]
+    sound = [(d, o) for d, o in pairs if d is not None and _compares(d) and _compares(o)]
     found: dict[str, Any] = {"label": cell.label, **plain(cell), **summarize(own)}
-    if dense:
-        found["speedup"] = paired([d.seconds for d in dense], [r.seconds for r in own])
-        for part in ("decode", "prefill"):
-            times = [[getattr(run, f"{part}_seconds") for run in runs] for runs in (dense, own)]
-            known = all(value is not None for row in times for value in row)
-            found[f"{part}_speedup"] = paired(times[0], times[1]) if known else None
+    if sound and cell.rate is None:  # at a given rate, the rate sets the pace
+        for key, field in (
+            ("speedup", "seconds"),
+            ("decode_speedup", "decode_seconds"),
+            ("prefill_speedup", "prefill_seconds"),
+        ):
+            times = [[_per_token(run, field) for run in runs] for runs in zip(*sound, strict=True)]
+            known = [[value for value in row if value is not None] for row in times]
+            found[key] = paired(known[0], known[1]) if len(known[0]) == len(known[1]) == len(sound) else None
     found["samples"] = {"own": [_sample(run) for run in own], "dense": [_sample(run) for run in dense]}
     return found
+
+
+def _compares(run: Run) -> bool:
+    """A run in which requests failed did less work."""
+    return run.new_tokens > 0 and not any(request.error for request in run.requests)
+
+
+def _per_token(run: Run, field: str) -> float | None:
+    """Seconds per token: offline both sides make the same number, a server may end its texts earlier."""
+    seconds = getattr(run, field)
+    return None if seconds is None else seconds / (run.prompt_tokens if field == "prefill_seconds" else run.new_tokens)
 
 
 def _sample(run: Run) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def measure(
         document[part] = document.get(part, {}) | {k: v for k, v in given.items() if v is not None}
     if url is not None and backend is None and matrix is None:
         document["backend"] = "openai"
+    if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
+        document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
     plan = make_matrix(document, matrix or "the command line")
     if any(map(is_hub_ref, (plan.base_model, plan.dataset))):
         go_offline_if_unreachable()

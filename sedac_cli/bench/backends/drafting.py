@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 
-from sedac_cli.bench.backends.hf import gaps
 from sedac_cli.bench.machine import Meter
 from sedac_cli.bench.matrix import Experiment
-from sedac_cli.bench.metrics import Run
+from sedac_cli.bench.metrics import Run, gaps
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import GenerateOptions
 from sedac_cli.runtime.plan import Plan

@@ -7,7 +7,6 @@ nothing installed in it, not a gate that happens to skip nothing.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator
 from importlib import import_module
@@ -19,7 +18,7 @@ from sedac_cli.artifacts.files import plain
 from sedac_cli.bench.backends import Cell, Session, offline_cells
 from sedac_cli.bench.machine import Meter
 from sedac_cli.bench.matrix import Experiment, Matrix
-from sedac_cli.bench.metrics import Run
+from sedac_cli.bench.metrics import Run, gaps
 from sedac_cli.bench.plans import plan_of
 from sedac_cli.bench.quality import evaluate_quality
 from sedac_cli.config import ModelSpec
@@ -220,7 +219,3 @@ class GraphSession:
         with contextlib.suppress(AttributeError):
             self.engine_object.close()
         del self.engine_object
-
-
-def gaps(times: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in itertools.pairwise(times)]
