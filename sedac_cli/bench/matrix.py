@@ -121,6 +121,8 @@ class Quality(Strict):
     max_length: int = Field(default=256, ge=2)
     batch_size: int = Field(default=4, ge=1)
     tasks: list[str] = []
+    task_folder: str | None = None
+    """Task files of one's own."""
     task_limit: int | None = Field(default=None, ge=1)
 
 

@@ -7,6 +7,7 @@ found["measures"]["ppl_ratio"], found["intervals"]["ppl_ratio"]
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,19 +38,28 @@ def evaluate_quality(
             "random_weights": measures["ppl_dense"] > loaded.decoder.vocab_size / 2,
         }
     if wanted.tasks:
-        found["tasks"] = task_scores(loaded, plan, wanted)
+        found["tasks"] = task_scores(loaded, plan, wanted, seed)
     return found or None
 
 
-def task_scores(loaded: LoadedModel, plan: Plan, wanted: Quality) -> dict[str, Any]:
-    """Per task, dense beside gated, by lm-evaluation-harness."""
+def task_scores(loaded: LoadedModel, plan: Plan, wanted: Quality, seed: int) -> dict[str, Any]:
+    """Per task and metric, dense beside gated, by lm-evaluation-harness."""
     try:
-        evaluation: Any = import_module("sedac_cli.pipeline.tasks")
+        run: Any = import_module("sedac_cli.harness.run")
+        model: Any = import_module("sedac_cli.harness.model")
     except ImportError as error:
         raise InputError(
             f"tasks {', '.join(wanted.tasks)}: not available here ({error})", hint="pip install 'sedac[eval]'"
         ) from None
-    return evaluation.task_scores(loaded, plan, wanted.tasks, limit=wanted.task_limit)
+    folder = None if wanted.task_folder is None else Path(wanted.task_folder)
+    lm = model.SedacLM(loaded.model, plan, tokenizer=loaded.tokenizer, batch_size=wanted.batch_size)
+    report = run.evaluate_tasks(
+        lm, wanted.tasks, run.EvalOptions(include_path=folder, limit=wanted.task_limit, seed=seed)
+    )
+    return {
+        task.task: {name: {"dense": m.dense, "own": m.gated, "drop": m.drop} for name, m in task.metrics.items()}
+        for task in report.tasks
+    }
 
 
 def quality_from_logprobs(dense: list[list[float]] | None, own: list[list[float]], seed: int) -> dict[str, Any]:

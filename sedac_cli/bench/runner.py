@@ -52,9 +52,14 @@ def run_matrix(
     document["configurations"] = list(results.values())
     cells = backend.cells()
     dense = experiments[0] if experiments[0].is_baseline else None
-    with progress(total=len(cells) * len(experiments), desc="bench", unit="cell") as bar:
-        for cell in cells:
-            _run_cell(matrix, backend, workload, cell, experiments, results, note, bar)
+    pooled: dict[str, list[Run]] = {}
+    rounds = [(cell, experiments) for cell in cells]
+    if backend.one_at_a_time and dense is not None and len(experiments) > 1:
+        rounds = [(cell, [dense, experiment]) for experiment in experiments[1:] for cell in cells]
+    with progress(total=len(rounds), desc="bench", unit="round") as bar:
+        for cell, some in rounds:
+            _run_cell(matrix, backend, workload, cell, some, results, pooled, note)
+            bar.update(1)
             save(document)
     for experiment in experiments:
         _judge_quality(matrix, backend, workload, experiment, results[experiment.name], seed, note)
@@ -80,12 +85,12 @@ def _empty(experiment: Experiment) -> dict[str, Any]:
 
 def _run_cell(
     matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, experiments: list[Experiment],
-    results: dict[str, dict[str, Any]], note: Callable[[str], None], bar: Any,
+    results: dict[str, dict[str, Any]], pooled: dict[str, list[Run]], note: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Dense stays open; the others come and go beside it, each paired with dense runs of its own."""
     dense = experiments[0] if experiments[0].is_baseline else None
     others = experiments[1:] if dense else experiments
-    pooled: list[Run] = []
+    measured = pooled.setdefault(cell.label, [])  # dense figures are those of all its runs, beside whatever they were
     with ExitStack() as stack:
         base: Session | None = None
         if dense is not None:
@@ -93,12 +98,10 @@ def _run_cell(
                 base = stack.enter_context(backend.open(dense, cell))
                 results[dense.name]["engine"] = base.engine
                 if not others:
-                    pooled += _alone(matrix, backend, workload, cell, base)
+                    measured += _alone(matrix, backend, workload, cell, base)
             except Exception as error:
                 _crashed(results[dense.name], cell, error, note)
                 base = None
-        if dense is not None:
-            bar.update(1)
         for experiment in others:
             result = results[experiment.name]
             try:
@@ -109,15 +112,16 @@ def _run_cell(
                         pairs = [(None, run) for run in _alone(matrix, backend, workload, cell, own)]
                     else:
                         pairs = _interleaved(matrix, backend, workload, cell, base, own, experiment)
-                pooled += [run for run, _ in pairs if run is not None]
+                measured += [run for run, _ in pairs if run is not None]
                 result["cells"].append(_cell(cell, pairs))
                 _note_failures(result, cell, note)
             except Exception as error:
                 _crashed(result, cell, error, note)
-            bar.update(1)
-    if dense is not None and pooled:
-        results[dense.name]["cells"].append(_cell(cell, [(None, run) for run in pooled]))
-        _note_failures(results[dense.name], cell, note)
+    if dense is not None and measured:
+        result = results[dense.name]
+        result["cells"] = [c for c in result["cells"] if c["label"] != cell.label]
+        result["cells"].append(_cell(cell, [(None, run) for run in measured]))
+        _note_failures(result, cell, note)
 
 
 def _note_failures(result: dict[str, Any], cell: Cell, note: Callable[[str], None]) -> None:
@@ -224,7 +228,7 @@ def _judge_quality(
 ) -> None:  # fmt: skip
     """What the loop emits is dense's own text: nothing to judge beyond its being the same."""
     wanted = matrix.quality
-    if experiment.how.loop or (experiment.is_baseline and not wanted.tasks and matrix.backend == "hf"):
+    if experiment.how.loop or (experiment.is_baseline and matrix.backend == "hf"):
         return
     if not (wanted.samples or wanted.tasks) or (result["status"] == "crashed" and not result["cells"]):
         return

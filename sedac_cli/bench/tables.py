@@ -150,8 +150,7 @@ def _tasks(document: dict[str, Any]) -> Table:
     for c in document["configurations"]:
         for task, scores in ((c["quality"] or {}).get("tasks") or {}).items():
             for metric, score in scores.items():
-                value = score if isinstance(score, dict) else {"own": score}
-                rows.append([c["name"], task, metric, _number(value.get("dense")), _number(value.get("own"))])
+                rows.append([c["name"], task, metric, _number(score["dense"]), _number(score["own"])])
     return Table("tasks (lm-eval)", ["configuration", "task", "metric", "dense", "own"], rows)
 
 

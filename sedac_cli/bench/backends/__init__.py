@@ -50,6 +50,8 @@ class Backend(Protocol):
     baseline: str
     """What dense figures are measured with, in words: they stand in every report."""
     tokenizer: Any | None
+    one_at_a_time: bool
+    """Whether a configuration is dear to open: then all its cells are run before the next one is opened."""
 
     def describe(self) -> dict[str, Any]:
         """Model, device, precision, for `bench.json`."""

@@ -62,6 +62,7 @@ def _no_graph(loaded: LoadedModel) -> str | None:
 
 class HuggingFace:
     name = "hf"
+    one_at_a_time = False
 
     def __init__(self, matrix: Matrix, loaded: LoadedModel, engine: str, seed: int):
         self.matrix, self.loaded, self.engine, self.seed = matrix, loaded, engine, seed

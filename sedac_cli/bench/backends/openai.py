@@ -27,6 +27,7 @@ def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> OpenAI:
 
 class OpenAI:
     name = "openai"
+    one_at_a_time = False
     tokenizer = None
     baseline = "the server of the configuration in mode dense, under the same load"
 
