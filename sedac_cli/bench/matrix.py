@@ -80,7 +80,8 @@ class Experiment(Strict):
 
     @property
     def how(self) -> Mode:
-        return find_mode("dense" if self.mode == "gated" and not self.sedac_enabled else self.mode)
+        mode = find_mode(self.mode)
+        return mode if self.sedac_enabled or not mode.gated else find_mode("dense")
 
     @property
     def drafts(self) -> SpeculativeConfig:
