@@ -93,6 +93,9 @@ def test_up_to_the_last_position(tmp_path):
     width = encode_prompts(loaded, PROMPTS, GREEDY)["input_ids"].shape[1]
     options = GenerateOptions(max_new_tokens=128 - width, ignore_eos=True)
     assert tokens(run(loaded, PROMPTS, options=options)) == dense(loaded, PROMPTS, 128 - width)
+    steps = module.Steps(loaded)
+    steps.prefill(torch.arange(3, 129).unsqueeze(0), torch.ones(1, 126, dtype=torch.long))
+    assert steps.forward([[3, 4, 5, 6]]).shape[1] == 4
     with pytest.raises(InputError, match="positions"):
         run(loaded, PROMPTS, options=GenerateOptions(max_new_tokens=129 - width))
 
