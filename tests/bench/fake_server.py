@@ -114,6 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # more at once than the default would let in
 
     def __init__(self, first: float = 0.02, between: float = 0.01, dies_after: int = 3):
         super().__init__(("127.0.0.1", 0), Handler)
