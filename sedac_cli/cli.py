@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from sedac_cli.commands.bench import app as bench
 from sedac_cli.commands.calibrate import calibrate
 from sedac_cli.commands.collect import collect
 from sedac_cli.commands.demo import demo
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 for command in (collect, train_probes, distill, calibrate, validate, generate, eval_, demo, doctor, ls):
     app.command(command.__name__.strip("_").replace("_", "-"), epilog=ENVIRONMENT)(command)
+app.add_typer(bench, name="bench", epilog=ENVIRONMENT)
 
 
 def _version(show: bool) -> None:

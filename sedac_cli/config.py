@@ -50,6 +50,24 @@ def parse_rates(text: str, option: str) -> list[float]:
     return rates
 
 
+def parse_list(text: str | None, kind: type, option: str) -> list[Any] | None:
+    """`"1,8"` -> [1, 8]; None stays None: not given."""
+    return (
+        None if text is None else [_number(part, kind, option, "numbers such as 1,8") for part in _parts(text, option)]
+    )
+
+
+def split_gates(text: str) -> list[str]:
+    """Gate specs divided by commas; what follows a comma as `name=value` still belongs to the spec before it."""
+    found: list[str] = []
+    for part in _parts(text, "gates"):
+        if found and "=" in part.partition(":")[0]:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
 def _parts(text: str, option: str) -> list[str]:
     parts = [part.strip() for part in str(text).split(",")]
     if not parts or any(part == "" for part in parts):

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import python, run_python
 
-COMMANDS = ["collect", "train-probes", "calibrate", "validate", "generate", "eval", "demo", "doctor"]
+COMMANDS = ["collect", "train-probes", "calibrate", "validate", "generate", "eval", "bench", "demo", "doctor"]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "accelerate")
 
 

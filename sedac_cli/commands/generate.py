@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,10 +13,12 @@ from sedac_cli.commands._common import option, sedac_command
 from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, add_online
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output
-from sedac_cli.errors import InputError, UsageError
+from sedac_cli.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from sedac_cli.runtime.generate import Generated
+
+DRAFTS = ["gate", "ngram", "suffix", "ngram_gate", "suffix_gate"]
 
 
 @sedac_command(model=ModelSpec())
@@ -44,22 +46,61 @@ def generate(
     calibration_steps: CalibrationSteps = None,
     deep_threshold: DeepThreshold = None,
     deep_rounds: DeepRounds = None,
+    lossless: Annotated[
+        bool,
+        option(
+            "Lossless",
+            "--lossless",
+            help="The gated model only drafts; the full model verifies: the text is dense's own.",
+        ),
+    ] = False,
+    draft: Annotated[
+        str,
+        option("Lossless", "--draft", help="gate, ngram, suffix, ngram_gate or suffix_gate: where drafts come from."),
+    ] = "gate",
+    draft_tokens: Annotated[
+        int, option("Lossless", "--draft-tokens", min=1, max=64, help="Most tokens drafted before a verify pass.")
+    ] = 4,
+    adapt: Annotated[
+        bool, option("Lossless", "--adapt/--no-adapt", help="Draft fewer where few are accepted, or always that many.")
+    ] = True,
+    engine: Annotated[
+        str, typer.Option("--engine", help="graph (CUDA graphs), eager, or auto: graph where it can run.")
+    ] = "auto",
     show: Annotated[str, typer.Option("--show", help="text, or exits: colour tokens by what they skipped.")] = "text",
 ) -> None:
     """Generate text with a gate in force; says tokens/s and how much was skipped."""
     if show not in ("text", "exits"):
         raise UsageError(f"--show: '{show}' is not known", hint="text or exits")
+    if draft not in DRAFTS:
+        raise UsageError(f"--draft: '{draft}' is not known.{did_you_mean(draft, DRAFTS)}", hint=", ".join(DRAFTS))
+    if lossless and draft.endswith("gate") and gate == "never":
+        raise UsageError("--lossless drafts with a gate, and none is named", hint="--gate always:14, or --draft ngram")
     prompts = read_prompts(prompt or [], prompt_file)
     from sedac_cli.models import load_model
+    from sedac_cli.runtime.engines import Used, generate_with
     from sedac_cli.runtime.generate import GenerateOptions
-    from sedac_cli.runtime.generate import generate as run
     from sedac_cli.runtime.plan import make_plan
 
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
     deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)
     options = GenerateOptions(max_new_tokens, temperature, top_p, top_k, seed, chat, ignore_eos)
-    result = run(loaded, plan.gate, prompts, options, plan.standin, deep=deep)
+    result: Generated
+    used = Used("eager")
+    if lossless:
+        from sedac_cli.runtime.speculate import SpeculateOptions, speculate
+
+        if deep is not None:
+            raise UsageError(
+                "--deep-threshold and --lossless cannot be had together", hint="a verified text is dense's own"
+            )
+        how = SpeculateOptions(draft, draft_tokens, adapt)  # type: ignore[arg-type]
+        result = speculate(loaded, plan, prompts, options, how)
+    else:
+        result, used = generate_with(engine, loaded, plan, prompts, options, deep)
+    for note in used.notes:
+        out.note(note)
     for index, text in enumerate(result.texts):
         if len(prompts) > 1:
             out.text(f"--- prompt {index + 1}")
@@ -67,10 +108,12 @@ def generate(
             colour(out, prompts[index], result, index)
         else:
             out.text(prompts[index] + text if not chat else text)
+    if lossless:
+        tell_drafts(out, result)
     out.note(
         f"{result.new_tokens} tokens, {result.tokens_per_second:.1f} tokens/s "
         f"(decode {result.decode_tokens_per_second:.1f}); MLP skip ratio {result.skip_ratio:.1%} "
-        f"(decode {result.skip_ratio_decode:.1%}), gate {gate}"
+        f"(decode {result.skip_ratio_decode:.1%}), gate {gate}, engine {used.name}"
     )
     if result.deep is not None:
         out.note(
@@ -85,7 +128,27 @@ def generate(
             f"layer {row['layer']}: threshold {row['threshold']:.4f} after {row['tokens']} tokens, {rate}, "
             f"target {row['target']:.1%}"
         )
-    out.result(plain(result) | {"adaptive": found})
+    out.result(plain(result) | {"adaptive": found, "engine": plain(used)})
+
+
+def tell_drafts(out: Output, result: Any) -> None:
+    """What was accepted, beside what it takes to pay."""
+    if not result.proposed:
+        out.note("no drafts were made: every token is a dense step")
+        return
+    reached = result.acceptance_rate
+    needed = [
+        ("by this machine's clock", result.break_even_measured),
+        ("by FLOPs, weight-bound", result.break_even_flops),
+    ]
+    out.note(
+        f"drafts: {result.accepted} of {result.proposed} accepted (AR {reached:.1%}), TRR {result.token_recovery_rate:.1%}, "
+        f"{result.verify_tokens / result.verify_steps:.2f} tokens per verify pass, drafts skip {result.draft_skip_ratio:.1%}"
+    )
+    for how, limit in needed:
+        if limit is not None:
+            verdict = "cannot pay" if limit > 1 else "pays" if reached > limit else "does not pay"
+            out.note(f"  break-even AR {how}: {limit:.1%}, reached {reached:.1%}: {verdict}")
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

@@ -92,12 +92,7 @@ def generate(
 ) -> Generated:
     inputs = encode_prompts(loaded, prompts, options)
     width = inputs["input_ids"].shape[1]
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and width + options.max_new_tokens > limit:
-        raise InputError(
-            f"a prompt of {width} tokens and {options.max_new_tokens} new ones exceed the model's {limit} positions",
-            hint=f"--max-new-tokens {max(1, limit - width)} or a shorter prompt",
-        )
+    check_room(loaded, width, options.max_new_tokens)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
@@ -118,7 +113,7 @@ def generate(
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
-    ends = set() if options.ignore_eos else set(end_tokens(loaded))
+    ends = end_tokens(loaded, options)
     passes = iter(run.passes)
     steps = [list(islice(passes, count)) for count in (thought.calls if thought else [1] * len(run.passes))]
     rounds = [r[:, -1] for r in thought.rounds] if thought else [torch.zeros_like(new[:, 0])] * len(steps)
@@ -127,6 +122,23 @@ def generate(
         return result
     again = sum(token.rounds > 0 for row in result.tokens for token in row)
     return replace(result, deep=DeepReport(deep.tau_high, deep.max_rounds, again, thought.passes))
+
+
+def check_room(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
+    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and prompt + new_tokens > limit:
+        raise InputError(
+            f"a prompt of {prompt} tokens and {new_tokens} new ones exceed the model's {limit} positions",
+            hint=f"--max-new-tokens {max(1, limit - prompt)} or a shorter prompt",
+        )
+
+
+def end_tokens(loaded: LoadedModel, options: GenerateOptions) -> set[int]:
+    """Tokens that end a text."""
+    if options.ignore_eos:
+        return set()
+    value = loaded.model.generation_config.eos_token_id
+    return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {value}
 
 
 def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOptions) -> dict[str, torch.Tensor]:
@@ -203,8 +215,3 @@ def _last_row(done: Pass) -> Pass:
     return replace(
         done, skipped=done.skipped[:, -1:], exit_layer=done.exit_layer[:, -1:], real=done.real[:, -1:]
     )  # fmt: skip
-
-
-def end_tokens(loaded: LoadedModel) -> list[int]:
-    value = loaded.model.generation_config.eos_token_id
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

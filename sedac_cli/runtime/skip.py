@@ -56,6 +56,8 @@ class SkipRun:
     real: Tensor | None = None
     """[B, T] of the next passes: which rows are tokens, where padding is not masked for the model."""
     prefill: bool | None = None
+    paused: bool = False
+    """The next passes are the stock model's: nothing is decided, skipped or counted."""
 
     def __post_init__(self) -> None:
         device = self.decoder.device
@@ -161,6 +163,8 @@ class _Installed:
 
     @torch.no_grad()
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.run.paused:
+            return
         self.began = time.perf_counter()
         called = self.signature.bind_partial(*args, **kwargs).arguments
         called |= called.pop("kwargs", {})
@@ -184,7 +188,8 @@ class _Installed:
     @torch.no_grad()
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         state, counts, run = self.state, self.counts, self.run
-        assert state is not None
+        if state is None:
+            return
         assert counts is not None
         run._tokens += state.real.sum()
         run._skipped += self.skipped

@@ -354,7 +354,7 @@ class GraphEngine:
     ) -> Generated:
         """As `runtime.generate.generate` does it. In a batch, a row that would skip gets the MLP that another row needs."""
         inputs = encode_prompts(self.loaded, prompts, options)
-        ends = () if options.ignore_eos else tuple(end_tokens(self.loaded))
+        ends = tuple(sorted(end_tokens(self.loaded, options)))
         done = self.run(
             inputs["input_ids"], inputs["attention_mask"], options, ends, self.loaded.tokenizer.pad_token_id, on_tokens
         )

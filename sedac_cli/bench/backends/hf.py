@@ -1,0 +1,222 @@
+"""The `hf` backend: Hugging Face's own `generate` (engine `eager`), or the CUDA-graph engine (`graph`).
+
+Always true: dense and gated run in the same engine with the same settings. Dense in `eager` is the stock model with
+nothing installed in it, not a gate that happens to skip nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from sedac_cli.artifacts.files import plain
+from sedac_cli.bench.backends import Cell, Session, offline_cells
+from sedac_cli.bench.machine import Meter
+from sedac_cli.bench.matrix import Experiment, Matrix
+from sedac_cli.bench.metrics import Run, gaps
+from sedac_cli.bench.plans import plan_of
+from sedac_cli.bench.quality import evaluate_quality
+from sedac_cli.config import ModelSpec
+from sedac_cli.corpus import Corpus
+from sedac_cli.errors import InputError
+from sedac_cli.models import LoadedModel, load_model
+from sedac_cli.runtime.generate import GenerateOptions, check_room, encode_prompts
+from sedac_cli.runtime.plan import Plan
+from sedac_cli.runtime.skip import skipping
+
+BASELINES = {
+    "eager": "transformers generate(), the stock model with nothing installed in it",
+    "graph": "the same CUDA-graph engine, gate never",
+}
+
+
+def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> HuggingFace:
+    loaded = load_model(model)
+    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded), seed)
+
+
+def pick_engine(wanted: str, loaded: LoadedModel) -> str:
+    """`auto` takes the graph engine where it can run; asked for by name it runs or is refused."""
+    reason = _no_graph(loaded)
+    if wanted == "auto":
+        return "eager" if reason else "graph"
+    if wanted == "graph" and reason:
+        raise InputError(f"engine graph: {reason}", hint="--engine eager")
+    return wanted
+
+
+def _no_graph(loaded: LoadedModel) -> str | None:
+    if loaded.device.type != "cuda":
+        return f"CUDA graphs need a GPU, the model is on {loaded.device}"
+    try:
+        import_module("sedac_cli.runtime.graph")
+    except ImportError as error:
+        return f"not available here ({error})"
+    return None
+
+
+class HuggingFace:
+    name = "hf"
+    one_at_a_time = False
+
+    def __init__(self, matrix: Matrix, loaded: LoadedModel, engine: str, seed: int):
+        self.matrix, self.loaded, self.engine, self.seed = matrix, loaded, engine, seed
+        self.tokenizer = loaded.tokenizer
+        self.baseline = BASELINES[engine]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": plain(self.loaded.identity),
+            "layers": self.loaded.decoder.num_layers,
+            "device": str(self.loaded.device),
+            "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
+            "engine": self.engine,
+        }
+
+    def cells(self) -> list[Cell]:
+        return offline_cells(self.matrix)
+
+    def prompts_per_run(self, cell: Cell) -> int:
+        return cell.batch
+
+    @contextlib.contextmanager
+    def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
+        engine = self.engine if experiment.engine is None else pick_engine(experiment.engine, self.loaded)
+        plan = plan_of(experiment, self.loaded.decoder, self.loaded.identity, self.seed)
+        session: Session
+        if experiment.how.loop:
+            if engine == "graph" and experiment.engine == "graph":
+                raise InputError(
+                    "lossless drafts run in the eager engine", hint='"engine": "eager" for this experiment'
+                )
+            from sedac_cli.bench.backends.drafting import DraftingSession
+
+            session = DraftingSession(self.loaded, plan, experiment)
+        elif engine == "graph":
+            session = GraphSession(self.loaded, plan, cell)
+        else:
+            session = EagerSession(self.loaded, None if experiment.is_baseline else plan)
+        try:
+            yield session
+        finally:
+            session.close()
+            if self.loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
+        plan = plan_of(experiment, self.loaded.decoder, self.loaded.identity, self.seed)
+        return evaluate_quality(self.loaded, plan, corpus, self.matrix.quality, self.seed)
+
+    def close(self) -> None:
+        pass
+
+
+class Stamps:
+    """A streamer that only looks at the clock: `generate` hands over the prompt, then each step's tokens on the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.prompt_seen = False
+
+    def put(self, value: object) -> None:
+        if self.prompt_seen:
+            self.times.append(time.perf_counter())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+class EagerSession:
+    """`plan` None: dense, the stock model."""
+
+    engine = "eager"
+
+    def __init__(self, loaded: LoadedModel, plan: Plan | None):
+        self.loaded, self.plan = loaded, plan
+
+    @torch.inference_mode()
+    def run(self, prompts: list[str], new_tokens: int) -> Run:
+        loaded = self.loaded
+        inputs = encode_prompts(loaded, prompts, GenerateOptions())
+        width = inputs["input_ids"].shape[1]
+        check_room(loaded, width, new_tokens)
+        stamps = Stamps()
+        with contextlib.ExitStack() as stack:
+            gated = None
+            if self.plan is not None:
+                gated = stack.enter_context(
+                    skipping(loaded.model, self.plan.gate, self.plan.standin, decoder=loaded.decoder)
+                )
+            meter = stack.enter_context(Meter(loaded.device))
+            began = time.perf_counter()
+            out = loaded.model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=loaded.tokenizer.pad_token_id, streamer=stamps,
+            )  # fmt: skip
+            ended = time.perf_counter()
+        first = stamps.times[0]
+        return Run(
+            seconds=ended - began,
+            prompt_tokens=int(inputs["attention_mask"].sum()),
+            new_tokens=out[:, width:].numel(),
+            prefill_seconds=first - began,
+            decode_seconds=stamps.times[-1] - first,
+            ttft=[first - began],
+            itl=gaps(stamps.times),
+            sequences=len(prompts),
+            skipped_per_layer=gated.skipped_per_layer if gated else None,
+            decided_tokens=gated.tokens if gated else 0,
+            peak_bytes=meter.peak_bytes,
+            joules=meter.joules,
+            tokens=out[:, width:].tolist(),
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class GraphSession:
+    """The CUDA-graph engine; one per batch size and length, as its graphs are."""
+
+    engine = "graph"
+
+    def __init__(self, loaded: LoadedModel, plan: Plan, cell: Cell):
+        graph = import_module("sedac_cli.runtime.graph")
+        assert cell.prompt_length is not None
+        # Text that is decoded and read again may come out a few tokens longer.
+        room = cell.prompt_length + cell.prompt_length // 8 + 8 + cell.new_tokens
+        self.loaded = loaded
+        self.engine_object = graph.GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
+
+    def run(self, prompts: list[str], new_tokens: int) -> Run:
+        times: list[float] = []
+        options = GenerateOptions(max_new_tokens=new_tokens, ignore_eos=True)
+        with Meter(self.loaded.device) as meter:
+            began = time.perf_counter()
+            made = self.engine_object.generate(prompts, options, on_tokens=lambda *_: times.append(time.perf_counter()))
+            ended = time.perf_counter()
+        return Run(
+            seconds=ended - began,
+            prompt_tokens=made.prompt_tokens,
+            new_tokens=made.new_tokens,
+            prefill_seconds=made.prefill_seconds,
+            decode_seconds=made.decode_seconds,
+            ttft=[made.prefill_seconds],
+            itl=gaps(times),
+            sequences=len(prompts),
+            skip_ratio=made.skip_ratio,
+            peak_bytes=meter.peak_bytes,
+            joules=meter.joules,
+            tokens=[[token.token for token in row] for row in made.tokens],
+        )
+
+    def close(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self.engine_object.close()
+        del self.engine_object

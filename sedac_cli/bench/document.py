@@ -1,0 +1,58 @@
+"""`bench.json`: everything a figure can be checked by: environment, versions, command, settings and every raw sample.
+
+write_document(folder, document); read_document(folder / "bench.json")
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+from sedac_cli.artifacts.files import plain, read_json, write_json
+from sedac_cli.artifacts.manifest import versions
+from sedac_cli.bench.backends import Backend
+from sedac_cli.bench.machine import describe_machine
+from sedac_cli.bench.matrix import Matrix
+from sedac_cli.errors import InputError
+
+SCHEMA = 1
+KIND = "sedac bench"
+FILE = "bench.json"
+
+
+def new_document(matrix: Matrix, backend: Backend, workload: str, command: list[str], seed: int) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA,
+        "kind": KIND,
+        "complete": False,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": seed,
+        "versions": versions(),
+        "machine": describe_machine(),
+        "backend": backend.name,
+        "subject": backend.describe(),
+        "baseline": backend.baseline,
+        "workload": workload,
+        "matrix": plain(matrix),
+        "configurations": [],
+        "missed": [],
+        "crashed": [],
+        "random_weights": False,
+    }
+
+
+def write_document(folder: Path, document: dict[str, Any]) -> None:
+    write_json(folder / FILE, document)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A finished or interrupted run; anything else is refused."""
+    path = path / FILE if path.is_dir() else path
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise InputError(f"{path} is not a result of `sedac bench`")
+    if document.get("schema_version") != SCHEMA:
+        raise InputError(f"{path} has schema version {document.get('schema_version')}; this sedac reads {SCHEMA}")
+    return document

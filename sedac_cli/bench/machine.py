@@ -1,0 +1,133 @@
+"""What a run was measured on, and what it took besides time: peak memory, energy.
+
+with Meter(device) as meter: work()
+meter.peak_bytes, meter.joules        # None where the machine cannot tell
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STATUS, CLEAR, STAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
+
+
+def describe_machine() -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "busy_before": busy(),
+        "gpus": [],
+    }
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(index)
+            found["gpus"].append({"name": p.name, "memory_bytes": p.total_memory, "sm": f"{p.major}.{p.minor}"})
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def busy(seconds: float = 0.3) -> float | None:
+    """Share of all cores in use by anybody over a moment: a figure taken on a busy machine says so."""
+
+    def read() -> tuple[int, int]:
+        times = [int(x) for x in STAT.read_text().split("\n", 1)[0].split()[1:]]
+        return sum(times), times[3] + times[4]
+
+    if not STAT.exists():
+        return None
+    total, idle = read()
+    time.sleep(seconds)
+    later, later_idle = read()
+    return round(1 - (later_idle - idle) / max(1, later - total), 3)
+
+
+class Meter:
+    """Peak memory of the device, or of this process on a CPU; joules of the device while it was open."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.peak_bytes: int | None = None
+        self.joules: float | None = None
+        self._energy = _EnergyCounter.of(device)
+
+    def __enter__(self) -> Meter:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                CLEAR.write_text("5")  # the peak starts anew at what is in use now
+        self._before = self._energy.read() if self._energy else None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._energy and self._before is not None:
+            after = self._energy.read()
+            self.joules = None if after is None else after - self._before
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_bytes = _peak_of_process()
+
+
+def _peak_of_process() -> int | None:
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+class _EnergyCounter:
+    """NVML's running total of one GPU, in joules. It moves in steps of some 10 ms: short runs are coarse."""
+
+    _known: dict[int, _EnergyCounter | None] = {}  # noqa: RUF012
+
+    def __init__(self, nvml: Any, handle: Any):
+        self._nvml, self._handle = nvml, handle
+
+    @classmethod
+    def of(cls, device: torch.device) -> _EnergyCounter | None:
+        if device.type != "cuda":
+            return None
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if index not in cls._known:
+            cls._known[index] = cls._open(index)
+        return cls._known[index]
+
+    @classmethod
+    def _open(cls, index: int) -> _EnergyCounter | None:
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+            counter = cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        except pynvml.NVMLError:
+            return None
+        return counter if counter.read() is not None else None
+
+    def read(self) -> float | None:
+        try:
+            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        except self._nvml.NVMLError:
+            return None

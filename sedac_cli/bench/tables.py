@@ -1,0 +1,255 @@
+"""The results as tables: the same rows for the terminal and for `report.md`.
+
+for table in tables(document): print(table.title, table.columns, table.rows)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sedac_cli.artifacts.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    caption: str = ""
+    long: bool = False
+    """A row per layer: for the report, too much for a terminal."""
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    found = [_speed(document), _latency(document)]
+    for build in (_quality, _tasks, _drafts, _layers, _requests, _crashes):
+        table = build(document)
+        if table.rows:
+            found.append(table)
+    return found
+
+
+def write_report(path: Path, document: dict[str, Any]) -> None:
+    machine, subject = document["machine"], document["subject"]
+    gpus = ", ".join(gpu["name"] for gpu in machine["gpus"]) or "no GPU"
+    lines = [
+        f"# sedac bench: {document['matrix']['name'] or 'measured'}",
+        "",
+        f"    {' '.join(document['command'])}",
+        "",
+        f"- model: {document['matrix']['base_model']}, {subject.get('dtype') or 'dtype unknown'} on {subject.get('device') or 'a server'}"
+        + (" (**random weights: figures of quality mean nothing**)" if document["random_weights"] else ""),
+        f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {gpus}; "
+        f"{_share(machine['busy_before'])} busy before the run",
+        f"- versions: {', '.join(f'{k} {v}' for k, v in document['versions'].items())}",
+        f"- dense is: {document['baseline']}",
+        f"- work: {document['workload']}; {document['matrix']['repeats']} pairs, interleaved; seed {document['seed']}",
+        "- raw samples: `bench.json` beside this file",
+        "",
+    ]
+    if not document["complete"]:
+        lines += ["**The run did not finish: what follows is what it had.**", ""]
+    for miss in document["missed"]:
+        lines.append(f"- **limit missed**: {describe_miss(miss)}")
+    for table in tables(document):
+        lines += [
+            "",
+            f"## {table.title}",
+            "",
+            "| " + " | ".join(table.columns) + " |",
+            "|" + "---|" * len(table.columns),
+        ]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+        if table.caption:
+            lines += ["", table.caption]
+    with atomic_file(path) as handle:
+        handle.write(("\n".join(lines) + "\n").encode())
+
+
+def describe_miss(miss: dict[str, Any]) -> str:
+    where = f" ({miss['where']})" if miss["where"] else ""
+    value = "not measured" if miss["found"] is None else f"{miss['found']:.4f}"
+    return f"{miss['configuration']}: {miss['what']} {value}, limit {miss['limit']:g}{where}"
+
+
+def _each_cell(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    labels = list(dict.fromkeys(cell["label"] for c in document["configurations"] for cell in c["cells"]))
+    return [
+        (configuration, cell)
+        for label in labels
+        for configuration in document["configurations"]
+        for cell in configuration["cells"]
+        if cell["label"] == label
+    ]
+
+
+def _speed(document: dict[str, Any]) -> Table:
+    rows = [
+        [c["name"], cell["label"], _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
+         _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
+         _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"])]
+        for c, cell in _each_cell(document)
+    ]  # fmt: skip
+    return Table(
+        "speed",
+        [
+            "configuration",
+            "work",
+            "speed-up",
+            "decode",
+            "prefill",
+            "tokens/s",
+            "decode tok/s",
+            "prefill tok/s",
+            "MLPs skipped",
+        ],
+        rows,
+        f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}.",
+    )
+
+
+def _latency(document: dict[str, Any]) -> Table:
+    rows = []
+    for c, cell in _each_cell(document):
+        ttft, itl = cell["ttft_seconds"] or {}, cell["itl_seconds"] or {}
+        rows.append(
+            [c["name"], cell["label"], *(_ms(ttft.get(p)) for p in ("p50", "p99")), *(
+                _ms(itl.get(p)) for p in ("p50", "p95", "p99")), _bytes(cell["peak_bytes"]), _joules(cell["joules_per_token"])]
+        )  # fmt: skip
+    return Table(
+        "latency, memory, energy",
+        ["configuration", "work", "TTFT p50", "TTFT p99", "ITL p50", "ITL p95", "ITL p99", "peak memory", "J/token"],
+        rows,
+        "TTFT: until the first token. ITL: between tokens; drafts that are accepted arrive together. - : not measurable here.",
+    )
+
+
+def _quality(document: dict[str, Any]) -> Table:
+    rows = []
+    for c in document["configurations"]:
+        measures, spans = (c["quality"] or {}).get("measures"), (c["quality"] or {}).get("intervals", {})
+        if measures:
+            rows.append([
+                c["name"], _number(measures.get("ppl_dense")), _number(measures.get("ppl_gated")),
+                _with_span(measures, spans, "ppl_ratio"), _with_span(measures, spans, "agreement"),
+                _with_span(measures, spans, "skip_ratio"),
+            ])  # fmt: skip
+    note = " RANDOM WEIGHTS: these figures mean nothing." if document["random_weights"] else ""
+    return Table(
+        "quality with the skips in force",
+        ["configuration", "ppl dense", "ppl own", "ppl ratio", "agreement", "MLPs skipped"],
+        rows,
+        f"On text of {document['matrix']['dataset']}; 95 % intervals over sequences.{note}",
+    )
+
+
+def _tasks(document: dict[str, Any]) -> Table:
+    rows = []
+    for c in document["configurations"]:
+        for task, scores in ((c["quality"] or {}).get("tasks") or {}).items():
+            for metric, score in scores.items():
+                rows.append([c["name"], task, metric, _number(score["dense"]), _number(score["own"])])
+    return Table("tasks (lm-eval)", ["configuration", "task", "metric", "dense", "own"], rows)
+
+
+def _drafts(document: dict[str, Any]) -> Table:
+    rows = []
+    for c, cell in _each_cell(document):
+        d = cell.get("drafts")
+        if d:
+            same = "-" if d["identical"] is None else f"{d['identical']} of {d['compared']}"
+            rows.append([
+                c["name"], cell["label"], _share(d["ar"]), _share(d["break_even_measured"]), _share(d["break_even_flops"]),
+                _share(d["trr"]), _number(d["tokens_per_step"]), same, str(d["near_ties"]),
+            ])  # fmt: skip
+    return Table(
+        "drafts",
+        [
+            "configuration",
+            "work",
+            "AR",
+            "pays above, clock",
+            "pays above, FLOPs",
+            "TRR",
+            "tokens/step",
+            "as dense",
+            "near ties",
+        ],
+        rows,
+        "AR: drafts accepted / proposed. Pays above: the AR at which it breaks even with one-token dense steps, from the measured "
+        "times of this run and from FLOPs (a verify pass counted as one step: weight-bound). TRR: tokens of verify steps that "
+        "were drafted. As dense: sequences equal to dense's, token for token. Near ties: emitted tokens whose best two logits "
+        "are so close that rounding may choose.",
+    )
+
+
+def _layers(document: dict[str, Any]) -> Table:
+    skipping = [(c, cell) for c, cell in _each_cell(document) if cell["skip_ratio_per_layer"]]
+    if not skipping:
+        return Table("MLPs skipped per layer", [], [])
+    layers = len(skipping[0][1]["skip_ratio_per_layer"])
+    rows = [
+        [str(layer), *(f"{cell['skip_ratio_per_layer'][layer]:.1%}" for _, cell in skipping)]
+        for layer in range(layers)
+        if any(cell["skip_ratio_per_layer"][layer] for _, cell in skipping)
+    ]
+    return Table("MLPs skipped per layer", ["layer", *(f"{c['name']}, {cell['label']}" for c, cell in skipping)], rows,
+                 long=True)  # fmt: skip
+
+
+def _requests(document: dict[str, Any]) -> Table:
+    rows = []
+    for c, cell in _each_cell(document):
+        r = cell.get("requests")
+        if r:
+            latency = cell["latency_seconds"] or {}
+            errors = "; ".join(f"{count}x {error}" for error, count in r["errors"].items())
+            rows.append([
+                c["name"], cell["label"], str(r["done"]), str(r["failed"]), _rate(cell["requests_per_second"], 2),
+                _ms(latency.get("p50")), _ms(latency.get("p99")), errors or "-",
+            ])  # fmt: skip
+    return Table(
+        "requests", ["configuration", "load", "done", "failed", "requests/s", "latency p50", "p99", "errors"], rows
+    )
+
+
+def _crashes(document: dict[str, Any]) -> Table:
+    rows = [[c["name"], e["where"], e["error"]] for c in document["configurations"] for e in c["errors"]]
+    return Table("crashed", ["configuration", "where", "error"], rows)
+
+
+def _ratio(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['median']:.3f}x ({value['low']:.3f} .. {value['high']:.3f})"
+
+
+def _rate(value: dict[str, Any] | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value['median']:,.{digits}f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value * 1000:.1f} ms"
+
+
+def _bytes(value: float | None) -> str:
+    return "-" if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+def _joules(value: dict[str, Any] | None) -> str:
+    return "-" if value is None else f"{value['median']:.3f}"
+
+
+def _with_span(measures: dict[str, Any], spans: dict[str, Any], key: str) -> str:
+    if measures.get(key) is None:
+        return "-"
+    span = spans.get(key)
+    return f"{measures[key]:.4f}" + (f" ({span[0]:.4f} .. {span[1]:.4f})" if span else "")

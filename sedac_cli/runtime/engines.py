@@ -1,0 +1,55 @@
+"""Which engine generates: the graph engine where it can, the eager one elsewhere.
+
+Always true: what is asked for by name runs or is refused; only `auto` falls back, and says so.
+
+    result, used = generate_with("auto", loaded, plan, prompts, options)
+    used.name, used.notes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sedac_cli.errors import InputError, UsageError
+from sedac_cli.gates.deep import DeepThinking
+from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, generate
+from sedac_cli.runtime.plan import Plan
+
+ENGINES = ("auto", "eager", "graph")
+
+
+@dataclass(frozen=True)
+class Used:
+    """`path`: how the graph engine ran its steps, `fused` or `generic`."""
+
+    name: str
+    path: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def generate_with(
+    engine: str,
+    loaded: LoadedModel,
+    plan: Plan,
+    prompts: list[str],
+    options: GenerateOptions,
+    deep: DeepThinking | None = None,
+) -> tuple[Generated, Used]:
+    if engine not in ENGINES:
+        raise UsageError(f"engine '{engine}' is not known", hint=", ".join(ENGINES))
+    if engine == "graph" and deep is not None:
+        raise UsageError("deep thinking runs tokens again, which the graph engine does not", hint="--engine eager")
+    if engine == "eager" or deep is not None or (engine == "auto" and loaded.device.type != "cuda"):
+        return generate(loaded, plan.gate, prompts, options, plan.standin, deep=deep), Used("eager")
+    from sedac_cli.runtime.graph import GraphEngine
+
+    length = encode_prompts(loaded, prompts, options)["input_ids"].shape[1] + options.max_new_tokens
+    try:
+        graph = GraphEngine(loaded, plan, batch=len(prompts), max_length=length)
+        return graph.generate(prompts, options), Used("graph", graph.path, graph.notes)
+    except InputError as error:
+        if engine == "graph":
+            raise
+        note = f"the graph engine could not serve this: {error}"
+    return generate(loaded, plan.gate, prompts, options, plan.standin), Used("eager", notes=[note])

@@ -1,0 +1,61 @@
+"""Figures from samples, checked by hand and against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sedac_cli.bench.metrics import Run, interval, paired, percentiles, spread, summarize
+
+
+def test_paired_is_pair_by_pair():
+    found = paired([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
+    assert (found["median"], found["min"], found["max"], found["n"]) == (2.0, 1.0, 3.0, 3)
+    assert found["low"] <= 2.0 <= found["high"]
+
+
+def test_the_interval_of_the_median_is_scipys():
+    values = np.random.default_rng(3).normal(10, 2, size=40)
+    ours = interval(values)
+    theirs = stats.bootstrap((values,), np.median, method="percentile", n_resamples=4000, rng=1).confidence_interval
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.15)
+
+
+def test_percentiles():
+    assert percentiles([]) is None
+    assert percentiles(range(101)) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert spread([]) is None
+
+
+def run(**values) -> Run:
+    return Run(**({"seconds": 2.0, "prompt_tokens": 100, "new_tokens": 20, "prefill_seconds": 0.5, "decode_seconds": 1.0,
+                   "ttft": [0.5], "itl": [0.1, 0.2], "sequences": 2} | values))  # fmt: skip
+
+
+def test_prefill_and_decode_apart():
+    found = summarize([run(), run()])
+    assert found["tokens_per_second"]["median"] == 10
+    assert found["decode_tokens_per_second"]["median"] == 18  # the first token of each sequence is the prompt pass's
+    assert found["prefill_tokens_per_second"]["median"] == 200
+    assert found["itl_seconds"]["p50"] == pytest.approx(0.15)
+    assert found["peak_bytes"] is None
+    assert found["joules_per_token"] is None
+
+
+def test_skips_per_layer_are_weighted_by_tokens():
+    found = summarize(
+        [run(skipped_per_layer=[0, 10], decided_tokens=10), run(skipped_per_layer=[0, 0], decided_tokens=30)]
+    )
+    assert found["skip_ratio_per_layer"] == [0, 0.25]
+    assert found["skip_ratio"] == 0.125
+
+
+def test_acceptance_and_recovery():
+    drafts = {"proposed": 10, "accepted": 5, "verify_steps": 4, "verify_tokens": 9, "break_even_measured": 0.4,
+              "break_even_flops": 0.6, "near_ties": 1, "identical": 2, "sequences": 2}  # fmt: skip
+    found = summarize([run(drafts=drafts), run(drafts=drafts | {"accepted": 7, "verify_tokens": 11})])["drafts"]
+    assert found["ar"] == 12 / 20
+    assert found["trr"] == 12 / 20
+    assert found["tokens_per_step"] == 20 / 8
+    assert (found["identical"], found["compared"]) == (4, 4)
