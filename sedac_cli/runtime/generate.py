@@ -91,7 +91,7 @@ def generate(
             torch.cuda.synchronize()
         total = time.perf_counter() - began
     new = out[:, width:]
-    ends = set() if options.ignore_eos else set(_as_list(loaded.model.generation_config.eos_token_id))
+    ends = set() if options.ignore_eos else end_tokens(loaded)
     return _describe(loaded, run.passes, new, ends, int(inputs["attention_mask"].sum()), total)
 
 
@@ -99,12 +99,7 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
     """Left-padded ids and mask; through the model's chat template when asked for."""
     tokenizer = loaded.tokenizer
     if options.chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(f"{loaded.identity.ref} has no chat template", hint="leave --chat out")
-        prompts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
+        prompts = [chat_text(loaded, [{"role": "user", "content": p}]) for p in prompts]
     if not prompts or any(not p for p in prompts):
         raise InputError("an empty prompt: there is nothing to continue")
     # A chat template writes the special tokens itself.
@@ -114,6 +109,14 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
     if not encoded["attention_mask"].any(dim=1).all():
         raise InputError("a prompt without a single token: there is nothing to continue")
     return {key: encoded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
+
+
+def chat_text(loaded: LoadedModel, messages: list[dict[str, str]], tokenizer: Any = None) -> str:
+    """The messages as the model was trained to read them, up to where its answer begins. It holds the special tokens."""
+    tokenizer = tokenizer or loaded.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{loaded.identity.ref} has no chat template", hint="leave --chat out")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _describe(
@@ -156,5 +159,7 @@ def _describe(
     )
 
 
-def _as_list(value: Any) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+def end_tokens(loaded: LoadedModel) -> set[int]:
+    """The tokens that end a text of this model."""
+    value = loaded.model.generation_config.eos_token_id
+    return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {value}
