@@ -89,5 +89,5 @@ def serve_eager(
             out.note("note: this address can be reached from other machines and there is no --api-key")
 
     on_interrupt(None)
-    run(make_app(served, api_key), listener, limits, ready)  # type: ignore[arg-type]
+    run(make_app(served, api_key), listener, limits, ready, served.engine.abort)  # type: ignore[arg-type]
     out.note("stopped")

@@ -61,6 +61,10 @@ def cancelled() -> ApiError:
     return ApiError(503, "the request was cancelled", code="cancelled")
 
 
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+
+
 @dataclass(eq=False)
 class Job:
     """One row on its way. `deliver` is called in the engine's thread."""
@@ -104,7 +108,7 @@ class Engine:
         """All of them or none."""
         with self.changed:
             if self.closing:
-                raise ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+                raise stopping()
             if len(jobs) > self.limits.max_queue:
                 raise ApiError(400, f"{len(jobs)} sequences in one request; this server takes {self.limits.max_queue}")
             if len(self.queue) + len(jobs) > self.limits.max_queue:
@@ -121,13 +125,16 @@ class Engine:
                     self.queue.remove(job)
                     job.end(Failed(cancelled()))
 
-    def close(self) -> None:
-        """End what runs at its next token, answer everybody, end the thread."""
+    def abort(self) -> None:
+        """Take nothing more, end what runs at its next token, answer everybody."""
         with self.changed:
             self.closing = True
             for job in (*self.queue, *self.running):
                 job.cancelled = True
             self.changed.notify()
+
+    def close(self) -> None:
+        self.abort()
         if self.thread.is_alive():
             self.thread.join(timeout=30)
 
@@ -158,7 +165,7 @@ class Engine:
                     self.changed.wait()
                 if self.closing:
                     for job in self.queue:
-                        job.end(Failed(ApiError(503, "the server is stopping", code="stopping")))
+                        job.end(Failed(stopping()))
                     self.queue.clear()
                     return []
                 until = time.monotonic() + self.limits.batch_wait
@@ -209,7 +216,7 @@ class Engine:
             exits = {token.exit_layer: 1} if token.exit_layer < job.counts.num_layers else {}
             self.metrics.decided("decode", 1, token.skipped, exits)
         if job.cancelled:
-            job.end(Failed(cancelled()))
+            job.end(Failed(stopping() if self.closing else cancelled()))
             return False
         piece = job.text.push(token.token)
         finish = "stop" if job.text.stopped else token.finish

@@ -1,10 +1,11 @@
 """Listen, serve, and stop in order: running requests end, new ones are refused, and the process leaves with 0.
 
-serve(app, "127.0.0.1", 8000, limits, ready=print)
+serve(app, bind("127.0.0.1", 8000), limits, ready=print, abort=engine.abort)
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -20,6 +21,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sedac_cli.errors import InputError
 from sedac_cli.serve.limits import Limits
+
+FORCE = 30
+"""Seconds after the grace until connections are closed by force: a batch has ended by then, if it ever will."""
 
 
 class Protocol(H11Protocol):
@@ -39,14 +43,22 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, but a stop that was asked for is no failure: no signal is raised again after it."""
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, grace: float, ready: Callable[[], None], abort: Callable[[], None]):
         super().__init__(config)
-        self.ready = ready
+        self.grace, self.ready, self.abort = grace, ready, abort
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self.ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What runs may end by itself; after the grace it is ended, and its clients are told."""
+        timer = asyncio.get_running_loop().call_later(self.grace, self.abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -76,16 +88,19 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def make_server(app: ASGIApp, limits: Limits, ready: Callable[[], None]) -> Server:
+def make_server(app: ASGIApp, limits: Limits, ready: Callable[[], None], abort: Callable[[], None]) -> Server:
+    """`ready` is called when requests are taken, `abort` when running ones must end."""
     protocol = type("LimitedProtocol", (Protocol,), {"head_timeout": limits.head_timeout})
     config = uvicorn.Config(
         app, http=protocol, ws="none", log_config=None, log_level="warning", access_log=False, server_header=False,
         limit_concurrency=limits.max_connections, timeout_keep_alive=30, backlog=512,
-        timeout_graceful_shutdown=max(1, round(limits.grace)),
+        timeout_graceful_shutdown=round(limits.grace) + FORCE,
     )  # fmt: skip
-    return Server(config, ready)
+    return Server(config, limits.grace, ready, abort)
 
 
-def serve(app: ASGIApp, listener: socket.socket, limits: Limits, ready: Callable[[], None]) -> None:
+def serve(
+    app: ASGIApp, listener: socket.socket, limits: Limits, ready: Callable[[], None], abort: Callable[[], None]
+) -> None:
     logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
-    make_server(app, limits, ready).run(sockets=[listener])
+    make_server(app, limits, ready, abort).run(sockets=[listener])

@@ -64,7 +64,7 @@ def serving(loaded, gate="always:2", key=None, sinks=2, backend=None, send_buffe
     if send_buffer:  # else the system takes megabytes from us before a client's silence is felt
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     up = threading.Event()
-    server = make_server(make_app(served, key), limits, up.set)
+    server = make_server(make_app(served, key), limits, up.set, served.engine.abort)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

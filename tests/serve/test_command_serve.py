@@ -64,9 +64,8 @@ def test_what_runs_too_long_is_ended_after_the_grace(chatty_folder):
         lines = [started.stdout.readline() for _ in range(6)]
         url = json.loads("".join(lines))["url"]
         ask = {"prompt": "x", "max_new_tokens": 4000, "ignore_eos": True}
-        asking = threading.Thread(
-            target=lambda: httpx2.post(url + "/generate", json=ask, timeout=60).status_code, daemon=True
-        )
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/generate", json=ask, timeout=60)))
         asking.start()
         while "sedac_running 1.0" not in httpx2.get(url + "/metrics").text:
             time.sleep(0.01)
@@ -74,6 +73,9 @@ def test_what_runs_too_long_is_ended_after_the_grace(chatty_folder):
         started.send_signal(signal.SIGTERM)
         assert started.wait(30) == 0
         assert time.monotonic() - began < 10
+        asking.join(10)
+        assert answers[0].status_code == 503
+        assert "Traceback" not in started.stderr.read()
     finally:
         started.kill()
         started.wait()
