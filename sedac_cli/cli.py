@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from sedac_cli.commands.calibrate import calibrate
+from sedac_cli.commands.chat import chat
 from sedac_cli.commands.collect import collect
 from sedac_cli.commands.demo import demo
 from sedac_cli.commands.distill import distill
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, distill, calibrate, validate, generate, serve, report, demo, doctor, ls):
+for command in (collect, train_probes, distill, calibrate, validate, generate, chat, serve, report, demo, doctor, ls):
     app.command(command.__name__.replace("_", "-"), epilog=ENVIRONMENT)(command)
 
 

@@ -24,7 +24,7 @@ def report(
     gate: Annotated[
         str | None, option("Heat map", "--gate", help="Gate to show on the text; default: the folder's.")
     ] = None,
-    text: Annotated[
+    sample: Annotated[
         str | None, option("Heat map", "--text", help="A file or the words themselves; default: the validation text.")
     ] = None,
     tokens: Annotated[int, option("Heat map", "--tokens", min=2, max=20000, help="How many tokens of it.")] = 400,
@@ -36,7 +36,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one self-contained HTML page: the promise and whether it held, the curve, the text token by token, speed."""
-    if redraw and (gate or text or model != MODEL):
+    if redraw and (gate or sample or model != MODEL):
         raise UsageError("--redraw does not run the model: --model, --gate and --text do not go with it")
     needed = report_needs()
     if needed:
@@ -46,7 +46,7 @@ def report(
     chosen = model if model.ref else None
     if chosen is None and model != MODEL:
         raise UsageError("options of the model go with --model", hint="--model builtin:tiny")
-    made = make_report(run_dir, ReportOptions(chosen, gate, text, tokens, redraw, out_file, seed))
+    made = make_report(run_dir, ReportOptions(chosen, gate, sample, tokens, redraw, out_file, seed))
     for problem in made.problems:
         out.note(f"note: {problem}")
     for what, command in made.missing:

@@ -46,8 +46,8 @@ def make_report(folder: Path, options: ReportOptions) -> Made:
     told = tokens_of(run, options)
     path = options.out or folder / REPORT
     make_folder(path.parent)
-    write_report(run, path)
-    return Made(path, verdict(run).status, told, run.missing, run.problems)
+    problems = write_report(run, path)
+    return Made(path, verdict(run).status, told, run.missing, problems)
 
 
 def tokens_of(run: RunData, options: ReportOptions) -> str:

@@ -48,13 +48,13 @@ def _figure(height: float = 2.9) -> tuple[Any, Any]:
 
     rcParams.update(
         {
-            "svg.fonttype": "none", "svg.hashsalt": "sedac", "font.family": "sans-serif", "font.size": 9,
+            "svg.fonttype": "none", "svg.hashsalt": "sedac", "font.family": "sans-serif", "font.size": 9.5,
             "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK,
             "grid.color": GRID, "axes.grid": True, "grid.linewidth": 0.6, "axes.spines.top": False,
             "axes.spines.right": False, "legend.frameon": False, "axes.axisbelow": True,
         }
     )  # fmt: skip
-    figure = Figure(figsize=(4.7, height), layout="constrained")
+    figure = Figure(figsize=(4.3, height), layout="constrained")
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)

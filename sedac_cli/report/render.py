@@ -16,7 +16,8 @@ from sedac_cli.report.sections import build_page
 from sedac_cli.report.sources import RunData
 
 
-def render(run: RunData) -> str:
+def render(run: RunData) -> tuple[str, list[str]]:
+    """The page, and what could not be shown on it."""
     page = build_page(run)
     # Figures are SVG of our own making; every other value is text and is escaped.
     page["figures"] = {name: Markup(svg) for name, svg in page["figures"].items()}
@@ -25,10 +26,12 @@ def render(run: RunData) -> str:
         loader=PackageLoader("sedac_cli.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("page.html").render(page={"machine": "", "versions": {}, "commands": []} | page)
+    filled = {"machine": "", "versions": {}, "commands": []} | page
+    return environment.get_template("page.html").render(page=filled), page["problems"]
 
 
-def write_report(run: RunData, path: Path) -> None:
-    text = render(run)
+def write_report(run: RunData, path: Path) -> list[str]:
+    text, problems = render(run)
     with atomic_file(path) as handle:
         handle.write(text.encode("utf-8", "replace"))
+    return problems

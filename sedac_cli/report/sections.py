@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sedac_cli import __version__
+from sedac_cli.artifacts.thresholds import Promise
 from sedac_cli.report import plots
 from sedac_cli.report.plots import Line, Point
 from sedac_cli.report.sources import RunData
@@ -86,8 +87,7 @@ def curves(run: RunData, page: dict[str, Any]) -> None:
         limit = None
         promise = None if run.thresholds is None else run.thresholds.promise
         if promise is not None and promise.kind == "certified":
-            measure = {"ppl": "ppl_ratio"}.get(str(promise.target.get("measure")), promise.target.get("measure"))
-            limit = float(promise.target["limit"]) if measure == key else None
+            limit = float(promise.target["limit"]) if _promised(promise) == key else None
         if lines or points:
             page["figures"][key] = plots.curve_figure(lines, points, label, reference, limit)
 
@@ -100,12 +100,17 @@ def _lines(run: RunData, key: str) -> list[Line]:
                 Line(f"{name}: while distilling", [r["share"] for r in gates.curve], [r[key] for r in gates.curve])
             )
     promise = None if run.thresholds is None else run.thresholds.promise
-    if promise is not None and promise.candidates:
-        if {"ppl": "ppl_ratio"}.get(str(promise.target.get("measure")), promise.target.get("measure")) == key:
-            rows = promise.candidates
-            marked = [bool(r["certified"]) for r in rows]
-            lines.append(Line("calibration", [r["skip_ratio"] for r in rows], [r["value"] for r in rows], marked))
+    if promise is not None and promise.candidates and _promised(promise) == key:
+        rows = promise.candidates
+        marked = [bool(r["certified"]) for r in rows]
+        lines.append(Line("calibration", [r["skip_ratio"] for r in rows], [r["value"] for r in rows], marked))
     return lines
+
+
+def _promised(promise: Promise) -> str:
+    """The measure a certified promise is about, as validate names it."""
+    measure = str(promise.target.get("measure"))
+    return "ppl_ratio" if measure == "ppl" else measure
 
 
 def _points(run: RunData, key: str) -> list[Point]:
@@ -219,7 +224,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
     floor = _floor(run.bench)
     if rows:
         page["tables"]["speed"] = Table(
-            ["configuration", "work", "speed-up (spread)", "tokens/s", "first token", "between tokens"], rows,
+            ["configuration", "work", "speed-up (95 %)", "tokens/s", "first token", "between tokens"], rows,
             f"Speed-up: dense wall time / own, pairs in one run. Dense is: {run.bench.get('baseline', 'dense')}."
             + (f" {floor}" if floor else ""),
         )  # fmt: skip

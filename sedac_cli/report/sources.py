@@ -20,6 +20,14 @@ THRESHOLDS, VALIDATE, BENCH, TOKENS, REPORT = (
 )  # fmt: skip
 
 
+NEEDS: dict[str, list[tuple[str | int, ...]]] = {
+    "report": [("report", "measures", "skip_ratio"), ("report", "intervals"), ("report", "model", "ref")],
+    "configurations": [("configurations", 0, "name")],
+    "tokens": [("num_layers",), ("tokens", 0, "skipped"), ("tokens", 0, "layers")],
+}
+"""What a file must have at least to be shown."""
+
+
 @dataclass
 class RunData:
     folder: Path
@@ -134,7 +142,14 @@ def _tolerant(run: RunData, name: str, read: Any) -> Any:
 
 def _document(run: RunData, path: Path, needs: str) -> dict[str, Any] | None:
     found = _tolerant(run, path.name, lambda: read_json(path))
-    if found is not None and (not isinstance(found, dict) or needs not in found):
-        run.problems.append(f"{path.name} has no '{needs}': not what sedac writes")
+    if found is None:
+        return None
+    try:
+        for keys in NEEDS[needs]:
+            part = found
+            for key in keys:
+                part = part[key]
+    except (KeyError, TypeError, IndexError):
+        run.problems.append(f"{path.name} lacks '{'.'.join(map(str, keys))}': not what sedac writes")
         return None
     return found
