@@ -173,7 +173,7 @@ class LiveScreen:
         from rich.panel import Panel
         from rich.text import Text
 
-        turn, lines = self.turn, [Text(f"gate {self.gate}", style="bold", overflow="ellipsis", no_wrap=True)]
+        turn, lines = self.turn, [Text(short(self.gate), style="bold", overflow="ellipsis", no_wrap=True)]
         if turn is not None and turn.tokens:
             last = turn.tokens[-1]
             recent = turn.tokens[-(PANEL - 6) :]
@@ -196,8 +196,14 @@ class LiveScreen:
         for label, style in legend():
             scale.append("█", style=style)
             scale.append(label.split("-")[0] + " ", style="dim")
-        lines += [Text("MLPs skipped per token, % from:", style="dim"), scale]
+        lines += [Text("colour: MLPs skipped, %", style="dim"), scale]
         return Panel(Text("\n").join(lines), width=PANEL, border_style="dim")
+
+
+def short(gate: str) -> str:
+    """A gate's spec without the folders of its file."""
+    name, sign, argument = gate.partition(":")
+    return f"{name}{sign}{argument.rpartition('/')[2]}"
 
 
 def row(name: str, value: str) -> Any:
