@@ -13,6 +13,7 @@ from sedac_cli.commands.doctor import doctor
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.ls import ls
 from sedac_cli.commands.report import report
+from sedac_cli.commands.run import run
 from sedac_cli.commands.serve import serve
 from sedac_cli.commands.train_probes import train_probes
 from sedac_cli.commands.validate import validate
@@ -27,7 +28,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, distill, calibrate, validate, generate, chat, serve, report, demo, doctor, ls):
+for command in (
+    collect,
+    train_probes,
+    distill,
+    calibrate,
+    validate,
+    generate,
+    chat,
+    serve,
+    report,
+    run,
+    demo,
+    doctor,
+    ls,
+):
     app.command(command.__name__.replace("_", "-"), epilog=ENVIRONMENT)(command)
 
 

@@ -39,7 +39,7 @@ class Params:
 
     def changed(self, words: list[str]) -> Params:
         """`["temperature=0.5", "top_k=40"]` -> the same with those changed."""
-        kinds = {f.name: type(f.default) for f in fields(self)}
+        kinds = {f.name: int if f.type == "int" else float for f in fields(self)}
         values: dict[str, Any] = {}
         for word in words:
             name, sign, text = word.partition("=")
