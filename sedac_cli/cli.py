@@ -6,6 +6,7 @@ import typer
 
 from sedac_cli.commands.bench import app as bench
 from sedac_cli.commands.calibrate import calibrate
+from sedac_cli.commands.chat import chat
 from sedac_cli.commands.collect import collect
 from sedac_cli.commands.demo import demo
 from sedac_cli.commands.distill import distill
@@ -13,6 +14,9 @@ from sedac_cli.commands.doctor import doctor
 from sedac_cli.commands.eval import eval_
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.ls import ls
+from sedac_cli.commands.report import report
+from sedac_cli.commands.run import run
+from sedac_cli.commands.serve import serve
 from sedac_cli.commands.train_probes import train_probes
 from sedac_cli.commands.validate import validate
 
@@ -26,7 +30,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, distill, calibrate, validate, generate, eval_, demo, doctor, ls):
+for command in (
+    collect,
+    train_probes,
+    distill,
+    calibrate,
+    validate,
+    generate,
+    chat,
+    serve,
+    eval_,
+    report,
+    run,
+    demo,
+    doctor,
+    ls,
+):
     app.command(command.__name__.strip("_").replace("_", "-"), epilog=ENVIRONMENT)(command)
 app.add_typer(bench, name="bench", epilog=ENVIRONMENT)
 

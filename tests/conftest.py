@@ -112,6 +112,27 @@ def tiny(tiny_folder):
     return load_model(str(tiny_folder))
 
 
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+
+
+@pytest.fixture(scope="session")
+def chatty_folder(tmp_path_factory) -> Path:
+    """The same shape with a chat template and room for long answers. Not to be changed."""
+    folder = save_tiny(tmp_path_factory.mktemp("models") / "chatty", max_position_embeddings=4096)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chatty(chatty_folder):
+    """The same, loaded."""
+    from sedac_cli.models import load_model
+
+    return load_model(str(chatty_folder))
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     """About 9000 tokens in 40 documents. Not to be changed."""

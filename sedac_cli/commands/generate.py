@@ -14,6 +14,7 @@ from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, D
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output
 from sedac_cli.errors import InputError, UsageError, did_you_mean
+from sedac_cli.palette import legend, style_of
 
 if TYPE_CHECKING:
     from sedac_cli.runtime.generate import Generated
@@ -174,13 +175,11 @@ def colour(out: Output, prompt: str, result: Generated, index: int) -> None:
 
     console = Console(highlight=False)
     line = Text(prompt, style="dim")
-    steps = ("deep_sky_blue1", "green3", "yellow3", "orange1", "red1")
     for token in result.tokens[index]:
-        share = token.skipped / result.num_layers
         label = token.text if console.is_terminal else f"{token.text}[{token.skipped}]"
-        line.append(label, style=steps[min(len(steps) - 1, int(share * len(steps)))])
+        line.append(label, style=style_of(token.skipped, result.num_layers))
     console.print(line, soft_wrap=True)
-    legend = Text("MLPs skipped: ", style="dim")
-    for number, style in enumerate(steps):
-        legend.append(f" {number * 20}-{number * 20 + 20} % ", style=style)
-    console.print(legend)
+    scale = Text("MLPs skipped: ", style="dim")
+    for name, style in legend():
+        scale.append(f" {name} ", style=style)
+    console.print(scale)

@@ -133,9 +133,9 @@ def check_room(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
         )
 
 
-def end_tokens(loaded: LoadedModel, options: GenerateOptions) -> set[int]:
-    """Tokens that end a text."""
-    if options.ignore_eos:
+def end_tokens(loaded: LoadedModel, options: GenerateOptions | None = None) -> set[int]:
+    """Tokens that end a text; none, if the options say to go on."""
+    if options is not None and options.ignore_eos:
         return set()
     value = loaded.model.generation_config.eos_token_id
     return set() if value is None else set(value) if isinstance(value, (list, tuple)) else {value}
@@ -145,12 +145,7 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
     """Left-padded ids and mask; through the model's chat template when asked for."""
     tokenizer = loaded.tokenizer
     if options.chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(f"{loaded.identity.ref} has no chat template", hint="leave --chat out")
-        prompts = [
-            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
-        ]
+        prompts = [chat_text(loaded, [{"role": "user", "content": p}]) for p in prompts]
     if not prompts or any(not p for p in prompts):
         raise InputError("an empty prompt: there is nothing to continue")
     # A chat template writes the special tokens itself.
@@ -160,6 +155,14 @@ def encode_prompts(loaded: LoadedModel, prompts: list[str], options: GenerateOpt
     if not encoded["attention_mask"].any(dim=1).all():
         raise InputError("a prompt without a single token: there is nothing to continue")
     return {key: encoded[key].to(loaded.device) for key in ("input_ids", "attention_mask")}
+
+
+def chat_text(loaded: LoadedModel, messages: list[dict[str, str]], tokenizer: Any = None) -> str:
+    """The messages as the model was trained to read them, up to where its answer begins. It holds the special tokens."""
+    tokenizer = tokenizer or loaded.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{loaded.identity.ref} has no chat template", hint="leave --chat out")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _describe(

@@ -1,0 +1,93 @@
+"""`sedac serve`: an OpenAI-compatible server with a gate in force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from sedac_cli.commands._common import option, sedac_command
+from sedac_cli.config import ModelSpec
+from sedac_cli.console import Output, on_interrupt
+from sedac_cli.errors import InputError, UsageError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@sedac_command(model=ModelSpec())
+def serve(
+    out: Output,
+    seed: int,
+    model: ModelSpec,
+    gate: Annotated[
+        str, typer.Option("--gate", help="never, always:14, cascade:sedac_data/thresholds.json, learned:FILE.pth@0.25.")
+    ] = "never",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", help="What clients must send; better by SEDAC_SERVE_API_KEY.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", help="What clients call the model; default: as --model names it.")
+    ] = None,
+    max_queue: Annotated[int, option("Limits", "--max-queue", min=1, help="Sequences that may wait; then 429.")] = 64,
+    max_batch: Annotated[int, option("Limits", "--max-batch", min=1, help="Sequences that run together.")] = 8,
+    batch_wait: Annotated[
+        float, option("Limits", "--batch-wait", min=0, max=10, help="Seconds a first sequence waits for company.")
+    ] = 0.005,
+    max_new_tokens: Annotated[int, option("Limits", "--max-new-tokens", min=1, help="Per sequence.")] = 2048,
+    request_timeout: Annotated[
+        float, option("Limits", "--request-timeout", min=0.1, help="Seconds from arrival to end.")
+    ] = 300.0,
+    max_body: Annotated[float, option("Limits", "--max-body", min=0.001, help="Largest request, MB.")] = 4.0,
+    grace: Annotated[
+        float, option("Limits", "--grace", min=0, help="Seconds for running requests to end after Ctrl-C or SIGTERM.")
+    ] = 10.0,
+) -> None:
+    """Serve a model with a gate in force: OpenAI's API, /generate, /batch_generate, /health and Prometheus' /metrics."""
+    if api_key is not None and not api_key.strip():
+        raise UsageError("--api-key is empty", hint="leave it out, or give a key")
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"sedac serve needs {error.name}", hint="pip install 'sedac[serve]'") from None
+    from sedac_cli.serve.limits import Limits
+    from sedac_cli.serve.server import bind
+
+    limits = replace(
+        Limits(), max_queue=max_queue, max_batch=max_batch, batch_wait=batch_wait, max_new_tokens=max_new_tokens,
+        request_timeout=request_timeout, max_body=round(max_body * 1e6), grace=grace,
+    )  # fmt: skip
+    listener = bind(host, port)
+    serve_eager(out, model, gate, seed, api_key, served_name, listener, limits)
+
+
+def serve_eager(
+    out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: object,
+    limits: object,
+) -> None:  # fmt: skip
+    """Serve with the eager engine. Another engine is another such function, chosen by `serve`."""
+    from sedac_cli.models import load_model
+    from sedac_cli.runtime.plan import make_plan
+    from sedac_cli.serve.app import make_app
+    from sedac_cli.serve.server import serve as run
+    from sedac_cli.serve.state import make_served
+
+    loaded = load_model(model)
+    plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
+    served = make_served(loaded, plan, gate, limits, name)  # type: ignore[arg-type]
+    host, port = listener.getsockname()[:2]  # type: ignore[attr-defined]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def ready() -> None:
+        out.result({"url": url, "model": served.name, "gate": gate, "device": str(loaded.device)})
+        out.note(f"serving {served.name} with gate {gate} on {url} (eager engine, {loaded.device}); Ctrl-C stops")
+        if host not in LOCAL and api_key is None:
+            out.note("note: this address can be reached from other machines and there is no --api-key")
+
+    on_interrupt(None)
+    run(make_app(served, api_key), listener, limits, ready, served.engine.abort)  # type: ignore[arg-type]
+    out.note("stopped")
