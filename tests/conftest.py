@@ -222,3 +222,27 @@ def synthetic(tmp_path) -> Path:
     states = {layer: torch.randn(sum(lengths), 12, generator=generator) for layer in (1, 3)}
     labels = {layer: x[:, 0].abs() + 0.1 for layer, x in states.items()}
     return write_collection(tmp_path / "synthetic", states, labels, lengths)
+
+
+def pytest_collection_modifyitems(items):
+    from importlib.metadata import packages_distributions
+
+    if "vllm" not in packages_distributions():
+        for item in items:
+            if "vllm" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-env vllm-test"))
+
+
+@pytest.fixture(
+    scope="session", params=os.environ.get("SEDAC_TEST_FAMILIES", "qwen2,llama,qwen3,mistral,gemma").split(",")
+)
+def family(request, tmp_path_factory):
+    """(vLLM on the CPU in this process, the same tiny model under Hugging Face), for one family after the other."""
+    from vllm_helpers import SIZE, Engine
+
+    from sedac_cli.models import load_model
+
+    folder = save_tiny(tmp_path_factory.mktemp("vllm") / request.param, request.param, **SIZE)
+    engine = Engine(folder)
+    yield engine, load_model(str(folder))
+    engine.close()

@@ -10,22 +10,12 @@ os.environ.update(
 )  # fmt: skip
 
 import gc
-import importlib.util
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import save_tiny
 
-HAVE_VLLM = importlib.util.find_spec("vllm") is not None
 SIZE = {"hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 256, "head_dim": 32}
 PROMPTS = [list(range(5, 45)), [7], [11, 90, 200, 33, 8]]
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "vllm" in item.keywords and not HAVE_VLLM:
-            item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-test makes an environment"))
 
 
 class Engine:
@@ -54,9 +44,7 @@ class Engine:
         worker = self.worker
         if getattr(worker, "sedac", None) is not None:
             worker.sedac.remove()
-            for holder, names in ((worker.model_runner, ("_model_forward",)),):
-                for name in names:
-                    holder.__dict__.pop(name, None)
+            worker.model_runner.__dict__.pop("_model_forward", None)
             worker.sedac = None
         if spec is None and not settings:
             return None
@@ -93,21 +81,6 @@ class Engine:
         cleanup_dist_env_and_memory()
 
 
-def families() -> list[str]:
-    return os.environ.get("SEDAC_TEST_FAMILIES", "qwen2,llama,qwen3,mistral,gemma").split(",")
-
-
-@pytest.fixture(scope="session", params=families())
-def family(request, tmp_path_factory):
-    """(engine, the same model under Hugging Face)."""
-    from sedac_cli.models import load_model
-
-    folder = save_tiny(tmp_path_factory.mktemp("vllm") / request.param, request.param, **SIZE)
-    engine = Engine(folder)
-    yield engine, load_model(str(folder))
-    engine.close()
-
-
 @torch.inference_mode()
 def hugging_face(loaded, plan, prompts=None, tokens: int = 8):
     """What `Engine.run` returns, from the Hugging Face runtime with the same gate, one prompt at a time."""
@@ -130,3 +103,74 @@ def hugging_face(loaded, plan, prompts=None, tokens: int = 8):
             new.append(out)
             logprobs.append(read)
     return new, logprobs, run
+
+
+@torch.no_grad()
+def states_of(loaded, prompts):
+    """(hidden_states[l] of all prompt tokens, by l; inputs of the MLPs, by l)."""
+    entering: dict[int, list] = {}
+    inputs: dict[int, list] = {}
+    handles = []
+    for layer in range(loaded.decoder.num_layers):
+        handles.append(
+            loaded.decoder.at_checkpoint(layer, lambda h, layer=layer: entering.setdefault(layer, []).append(h[0]))
+        )
+        handles.append(loaded.decoder.at_mlp(layer, lambda x, layer=layer: inputs.setdefault(layer, []).append(x[0])))
+    for prompt in prompts:
+        loaded.model(input_ids=torch.tensor([prompt]))
+    for handle in handles:
+        handle.remove()
+    return {k: torch.cat(v) for k, v in entering.items()}, {k: torch.cat(v) for k, v in inputs.items()}
+
+
+def between(values: torch.Tensor, share: float) -> float:
+    """A threshold with about `share` of the values under it, in the widest gap near by: rounding decides nothing."""
+    ranked = values.sort().values
+    n = len(ranked)
+    low, high = max(0, int(n * (share - 0.15))), min(n - 2, int(n * (share + 0.15)))
+    place = low + int((ranked[low + 1 : high + 2] - ranked[low : high + 1]).argmax())
+    return float((ranked[place] + ranked[place + 1]) / 2)
+
+
+def save_probes(folder: Path, loaded, prompts, layers, share: float, gate: str = "cascade") -> list[float]:
+    """Random probes, thresholds that let a share of the prompts' tokens exit at each, and thresholds.json."""
+    from sedac_cli.artifacts.files import sha256_file
+    from sedac_cli.artifacts.tensors import save_tensors
+    from sedac_cli.artifacts.thresholds import GuardSettings, ProbeFile, Promise, Thresholds
+    from sedac_cli.probes import LREProbe, probe_name
+
+    torch.manual_seed(3)
+    entering, _ = states_of(loaded, prompts)
+    limits, files = [], {}
+    for layer in layers:
+        probe = LREProbe(loaded.decoder.hidden_size, 8).requires_grad_(False)
+        name = probe_name(layer)
+        save_tensors(folder / name, probe.state_dict())
+        limits.append(between(probe(entering[layer]), share))
+        files[layer] = ProbeFile(file=name, sha256=sha256_file(folder / name))
+    Thresholds(
+        gate=gate, layers=list(layers), thresholds=limits, probes=files, guards=GuardSettings(), target_label="test",
+        found_by={}, promise=Promise(kind="exit-rate", target={}), model=loaded.identity,
+    ).write(folder / "thresholds.json")  # fmt: skip
+    return limits
+
+
+def save_gates(path: Path, loaded, share: float = 0.4) -> None:
+    """A gates file with random routers and stand-ins, and a curve with one true row: `share` of the prompts' tokens."""
+    from sedac_cli.artifacts.gates_file import GatesFile
+    from sedac_cli.gates.learned import Router
+    from sedac_cli.standins.lowrank import LowRank
+
+    torch.manual_seed(4)
+    _, inputs = states_of(loaded, PROMPTS)
+    routers, standins, scores = {}, {}, []
+    for layer in range(1, loaded.decoder.num_layers):
+        router = Router(loaded.decoder.hidden_size, 4).requires_grad_(False)
+        low = LowRank(loaded.decoder.hidden_size, 6).requires_grad_(False)
+        for parameter in (*router.parameters(), *low.parameters()):
+            parameter.normal_(0, 0.3)
+        scores.append(router(inputs[layer]))
+        routers[layer], standins[layer] = router.state_dict(), low.state_dict()
+    limit = between(torch.cat(scores), 1 - share)
+    curve = [{"share": share, "limit": limit}]
+    GatesFile("learned", loaded.identity, 0, routers, standins, curve, {"options": {"target_skip": share}}).write(path)
