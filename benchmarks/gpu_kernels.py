@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")]
 
-from cases import Probe  # noqa: E402
+from cases import Probe, router_of  # noqa: E402
 from gpu_timing import BEGAN, ROTATE, Bench, buffers, each, launched, table, timed  # noqa: E402
 
 from sedac_cli.gpu import compile, entropy, probe, reference  # noqa: E402
@@ -154,14 +154,14 @@ def probes(bench: Bench) -> None:
 
 
 def routers(bench: Bench) -> None:
-    linear = torch.nn.Linear(HIDDEN, 1, device="cuda").requires_grad_(False)
-    weights = RouterWeights.pack(linear, "cuda")
+    router = router_of(HIDDEN, 16, "cuda")
+    weights = RouterWeights.pack(router, "cuda")
     needs = torch.zeros(1, dtype=torch.int32, device="cuda")
     for rows in (1, 32, 4096):
         inputs = buffers((rows, HIDDEN))
         variants = {
             "ours": each(lambda x: router_score(x, weights, needs=needs), inputs),
-            "eager": each(lambda x: reference.router_score(x, linear, needs=needs), inputs[:16]),
+            "eager": each(lambda x: reference.router_score(x, router, needs=needs), inputs[:16]),
         }
         floor = bench.floor(rows * HIDDEN * 2)
         bench.report(f"router {rows} x {HIDDEN}", bench.measure(variants), floor, "", None)
@@ -256,7 +256,6 @@ def tuning(bench: Bench) -> None:
         logits = buffers((rows, VOCAB), 3.0)
         sweep(bench, f"entropy {rows} x {VOCAB}, choices", choices, each(fused_entropy, logits), rows * VOCAB * 2)
     weights = ProbeWeights.pack(Probe(HIDDEN, RANK).cuda(), "cuda")
-    linear = RouterWeights.pack(torch.nn.Linear(HIDDEN, 1, device="cuda"), "cuda")
     for rows in (32, 256, 1024, 4096):
         hidden = buffers((rows, HIDDEN))
         choices = {"ours": (probe, {})}
@@ -268,10 +267,6 @@ def tuning(bench: Bench) -> None:
                 )  # fmt: skip
         works = each(lambda x: probe_risk(x, weights, threshold=0.5), hidden)
         sweep(bench, f"probe {rows} x {HIDDEN}, choices", choices, works, rows * HIDDEN * 2)
-    hidden = buffers((4096, HIDDEN))
-    choices = {"ours": (probe, {})} | {f"{warps} warps": (probe, {"ROUTER_WARPS": warps}) for warps in (1, 2, 4, 8)}
-    works = each(lambda x: router_score(x, linear), hidden)
-    sweep(bench, f"router 4096 x {HIDDEN}, choices", choices, works, 4096 * HIDDEN * 2)
 
 
 def entropy_choices(rows: int) -> dict[str, tuple]:

@@ -47,6 +47,10 @@ class Bench:
         """Microseconds to move `size` bytes."""
         return size / self.bandwidth / 1e3
 
+    def read_floor(self, size: int) -> float:
+        """Microseconds to read `size` bytes."""
+        return size / self.read_bandwidth / 1e3
+
     def measure(self, variants: dict[str, Sequence[Work]], calls: int = 1) -> dict[str, list[float]]:
         """Microseconds per call and variant, one per repeat. A variant is the same call on different buffers; a graph holds
         at least eight calls, so that the gap between two replays does not count."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.entropy import BLOCKS, UNROLL, WARPS
-from sedac_cli.gpu.probe import ROUTER_WARPS, shared_bytes
+from sedac_cli.gpu.probe import shared_bytes
+from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
@@ -35,22 +36,32 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     for t in range(3):
         for size, ranks in ((1, 1), (8, 8)):
             yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
-        for warps, vectors, size in ((ROUTER_WARPS, 2, 2), (ROUTER_WARPS, 16, 2), (8, 2, 1), (8, 16, 1)):
-            yield "router", {"T": t, "WARPS": warps, "VECTORS": vectors, "ROWS": size}
+        for size in (1, 2, 4, 8):
+            yield "router", {"T": t, "ROWS": size}
     for t, rp, size, parts, stages in product((1, 2), (64, 256), (32, 64), (1, 2), (3, 4)):
         yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
         yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
     yield "conditional", {"SET_CONDITION": 1}
+    for t, nt, gated in product((1, 2), (1, 2, 4, 8), (0, 1)):
+        for act in (1, 2, 3) if gated else (0, 1):
+            yield "skinny", skinny_constants(t, nt, bool(gated), act)
+    for t in range(3):
+        yield "decode", {"T": t, "ENTRY": 1}
+        yield "decode", {"T": t, "ENTRY": 2}
+        for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
+            yield "decode", {"T": t, "ENTRY": 3, "D": size, "G": group}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
         yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 2, "STAGES": 4, "SET_CONDITION": 1}
-        yield "router", {"T": t, "WARPS": 8, "VECTORS": 2, "ROWS": 1, "SET_CONDITION": 1}
+        yield "router", {"T": t, "ROWS": 1, "SET_CONDITION": 1}
 
 
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
+    if family == "skinny":
+        return skinny_bytes(constants)
     if family != "probe" or constants["RANKS"]:
         return 0
     return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"])
@@ -93,7 +104,7 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
-    parser.add_argument("--only", help="one family: entropy, probe, router, route, conditional")
+    parser.add_argument("--only", help="one family: entropy, probe, router, route, conditional, skinny, decode")
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:

@@ -26,9 +26,11 @@ UNROLL = 4
 WARPS = THREADS // 32
 QUEUE_FROM = 2**24
 """Logits from which warps take chunks from a queue; below, one wave of blocks is over before a queue could even anything out."""
-MIN_CHUNK, CHUNK, MAX_CHUNK = 4096, 6144, 20480
-ROUNDS = 8
-"""Chunks a warp takes at most: the last ones are what multiprocessors end unevenly by, each costs a few us to reduce."""
+MIN_CHUNK = 4096
+ROUNDS = 16
+"""Chunks a warp takes at most, looking for a number of chunks that ends with no warp idle."""
+FULL = 0.93
+"""Share of warps with work in the last round that is good enough."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,22 @@ class Cut:
 
 
 def cut_of(rows: int, vocab: int, multiprocessors: int) -> Cut:
-    """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once. Many: a warp per chunk, queued."""
+    """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once. Many: a warp per chunk.
+
+    A chunk costs a reduction, so the fewest rounds that leave no warp idle win: on an H200 one round of 4096 chunks read
+    4096 x 151936 logits in 298 us and 1024 rows in 83 us, eight rounds took 321 and 96 us.
+    """
     resident = multiprocessors * BLOCKS
     if rows * vocab < QUEUE_FROM and rows <= resident // 2:
         return cut(rows, vocab, WARPS, min(resident // rows, -(-vocab // MIN_CHUNK)), resident)
     warps = resident * WARPS
-    rounds = min(ROUNDS, max(1, rows * vocab // (warps * CHUNK)))
-    parts = max(rounds * warps // rows, -(-vocab // MAX_CHUNK))
+
+    def full(rounds: int) -> float:
+        return rows * (rounds * warps // rows) / (rounds * warps)
+
+    enough = (rounds for rounds in range(1, ROUNDS + 1) if full(rounds) >= FULL)
+    rounds = next(enough, max(range(1, ROUNDS + 1), key=full))
+    parts = max(1, rounds * warps // rows)
     return cut(rows, vocab, 1, min(parts, -(-vocab // MIN_CHUNK)), resident)
 
 

@@ -33,8 +33,8 @@ from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
 
 FEW_ROWS = 8
 """Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
-ROUTER_WARPS = 4
-"""Warps per row of many: a row in the registers of one warp leaves room for 16 warps per multiprocessor, too few."""
+ROUTER_THREADS = 512
+MAX_UNITS = 64
 MAX_RANK = 256
 Precision = Literal["split", "plain"]
 
@@ -90,17 +90,31 @@ class ProbeWeights:
 
 @dataclass(frozen=True)
 class RouterWeights:
-    """A router's linear layer, float32, on one device."""
+    """A router's parameters as the kernel reads them, float32, on one device."""
 
-    weight: Tensor
+    width: int
+    matrix: Tensor
+    """[1 + units, padded]: the linear part first, then the hidden units."""
+    outer: Tensor
     bias: Tensor
     eps: float = 1e-5
 
     @classmethod
-    def pack(cls, linear: Any, device: torch.device | str, eps: float = 1e-5) -> RouterWeights:
-        weight = linear.weight.detach().to(device=device, dtype=torch.float32).flatten().contiguous()
-        bias = torch.zeros(1, device=device) if linear.bias is None else linear.bias.detach().to(weight).clone()
-        return cls(weight, bias, eps)
+    def pack(cls, router: Any, device: torch.device | str) -> RouterWeights:
+        """From anything with `weight`, `inner`, `outer` and `bias`, such as the learned gate's Router."""
+        inner = router.inner.detach()
+        units, width = inner.shape
+        if units > MAX_UNITS:
+            raise ValueError(f"a router with {units} hidden units: the kernel goes up to {MAX_UNITS}")
+        matrix = torch.zeros(1 + units, -(-width // 4) * 4, device=device)
+        matrix[0, :width], matrix[1:, :width] = router.weight.detach(), inner
+        outer = torch.zeros(max(1, units), device=device)
+        outer[:units] = router.outer.detach()
+        return cls(width, matrix, outer, router.bias.detach().to(matrix).reshape(1).clone())
+
+    @property
+    def units(self) -> int:
+        return self.matrix.shape[0] - 1
 
 
 def probe_risk(
@@ -153,27 +167,44 @@ def router_score(
     arm: Handles | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logit (float32) and run (bool: logit > threshold, and wherever a token may not skip) of every row. NaN runs."""
+    """Score (float32) and run (bool: not score > threshold, and wherever a token may not skip) of every row. NaN runs."""
     rows = Rows.of(hidden, "hidden")
     device = rows.tensor.device
-    _check_width(rows, weights.weight.numel(), weights.weight.device)
+    _check_width(rows, weights.width, weights.matrix.device)
     given = out or (None, None)
-    logit = buffer(given[0], "logit", rows.shape, torch.float32, device)
+    score = buffer(given[0], "score", rows.shape, torch.float32, device)
     run = buffer(given[1], "run", rows.shape, torch.bool, device)
     shape = hidden.shape[:-1]
     if _nothing_to_do(rows, needs, arm):
-        return logit.view(shape), run.view(shape)
-    constants = _router_plan(rows, kind(hidden, "hidden")) | _conditional(arm)
-    blocks = -(-rows.count // constants["ROWS"])
+        return score.view(shape), run.view(shape)
+    size = _rows_of_a_block(rows, weights)
+    blocks = -(-rows.count // size)
     _check_tiles(blocks)
     launch(
-        "router", "router", constants, device, grid=(blocks,), threads=constants["WARPS"] * constants["ROWS"] * 32,
+        "router", "router", {"T": kind(hidden, "hidden"), "ROWS": size} | _conditional(arm), device, grid=(blocks,),
+        threads=ROUTER_THREADS, shared=router_bytes(size, weights.width),
         args=[
-            *rows.args(), I32(rows.count), I32(rows.width), weights.weight, weights.bias, F32(weights.eps), counters(device),
-            *number(threshold, "threshold", device), logit, run, *_tail(rows, may_skip, real, needs, arm),
+            *rows.args(), I32(rows.count), I32(rows.width), weights.matrix, weights.outer, I32(weights.units), weights.bias,
+            F32(weights.eps), counters(device), *number(threshold, "threshold", device), score, run,
+            *_tail(rows, may_skip, real, needs, arm),
         ],
     )  # fmt: skip
-    return logit.view(shape), run.view(shape)
+    return score.view(shape), run.view(shape)
+
+
+def router_bytes(rows: int, width: int) -> int:
+    """Shared memory for the normed states of a block's rows."""
+    return rows * -(-width // 4) * 16
+
+
+def _rows_of_a_block(rows: Rows, weights: RouterWeights) -> int:
+    """One while that fills the chip; then as many as fit, so that the weights are read less often."""
+    found = properties(device_index(rows.tensor.device))
+    for size in (8, 4, 2):
+        fits = router_bytes(size, weights.width) + 4096 <= found.shared_memory_per_block_optin
+        if fits and rows.count >= size * found.multi_processor_count:
+            return size
+    return 1
 
 
 @dataclass(frozen=True)
@@ -233,19 +264,6 @@ def tile_shape(count: int, padded_rank: int, padded: int, parts: int, multiproce
 def shared_bytes(size: int, parts: int, stages: int) -> int:
     """Dynamic shared memory of a tensor-core tile; STAGE_BYTES in probe.cu, as often as there are stages."""
     return stages * (size + 64 * parts) * 128
-
-
-def _router_plan(rows: Rows, element: int) -> dict[str, int]:
-    """A few warps per row when rows fill the chip, a block per row when they do not or do not fit those warps' registers."""
-    vectors = -(-rows.width // (4 if element == 0 else 8))
-    few = rows.count <= properties(device_index(rows.tensor.device)).multi_processor_count * 4
-    warps = 8 if few or vectors > 32 * 16 * ROUTER_WARPS else ROUTER_WARPS
-    per_lane = -(-vectors // (32 * warps))
-    if per_lane > 16:
-        raise ValueError(
-            f"rows of {rows.width} elements: the router kernel holds up to {16 * 256 * 16} bytes in registers"
-        )
-    return {"T": element, "WARPS": warps, "VECTORS": per_lane, "ROWS": 1 if few else max(1, 8 // warps)}
 
 
 def _check_width(rows: Rows, width: int, device: torch.device) -> None:

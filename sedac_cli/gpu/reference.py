@@ -196,22 +196,20 @@ def probe_risk(
 
 def router_score(
     hidden: Tensor,
-    linear: Any,
+    router: Any,
     *,
-    eps: float = 1e-5,
     threshold: float | Tensor = 0.0,
     may_skip: Tensor | None = None,
     real: Tensor | None = None,
     needs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logit of [..., H] by LayerNorm without weights and a linear layer; run = logit > threshold. NaN runs."""
-    normal = nn.functional.layer_norm(hidden.float(), (hidden.shape[-1],), eps=eps)
-    logit = nn.functional.linear(normal, linear.weight.float(), linear.bias).squeeze(-1)
-    run = ~(logit <= threshold)
+    """Score of [..., H] by a learned gate's Router; run = not score > threshold. NaN runs."""
+    score = router(hidden)
+    run = ~(score > threshold)
     if may_skip is not None:
         run = run | ~may_skip.view(run.shape).bool()
     _publish(run, real, needs)
-    return logit, run
+    return score, run
 
 
 def _publish(wanted: Tensor, real: Tensor | None, needs: Tensor | None) -> None:

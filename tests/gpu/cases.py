@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sedac_cli.gates.learned import Router
 from sedac_cli.gpu import compile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,6 +31,16 @@ class Probe(nn.Module):
         nn.init.normal_(self.norm.bias, 0.0, 0.3)
         nn.init.normal_(self.head.weight, 0.0, 0.3)
         self.requires_grad_(False)
+
+
+def router_of(width: int, units: int = 16, device: str = "cpu") -> Router:
+    """A learned gate's router with random weights: scores of about unit size."""
+    router = Router(width, units).requires_grad_(False)
+    for weights in (router.weight, router.inner):
+        nn.init.normal_(weights, 0.0, width**-0.5)
+    nn.init.normal_(router.outer)
+    nn.init.normal_(router.bias)
+    return router.to(device)
 
 
 def logits_of(rows: int, vocab: int, dtype: torch.dtype, offset: int = 0, device: str = "cuda") -> Tensor:

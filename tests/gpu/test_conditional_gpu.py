@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Probe, assert_close, counters_come_back, poison  # noqa: F401 - one is a fixture
+from cases import Probe, assert_close, counters_come_back, poison, router_of  # noqa: F401 - one is a fixture
 
 from sedac_cli.gpu.conditional import ConditionalGraph
 from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk, router_score
@@ -102,8 +102,7 @@ def test_the_probe_arms_later_nodes_itself(rows):
 
 @pytest.mark.parametrize("rows", [1, 700])
 def test_the_router_arms_its_node_itself(rows):
-    linear = torch.nn.Linear(128, 1, device="cuda").requires_grad_(False)
-    weights, nodes = RouterWeights.pack(linear, "cuda"), ConditionalGraph()
+    weights, nodes = RouterWeights.pack(router_of(128), "cuda"), ConditionalGraph()
     hidden, limit, y = (
         torch.randn(rows, 128, device="cuda"),
         torch.zeros(1, device="cuda"),
@@ -119,7 +118,7 @@ def test_the_router_arms_its_node_itself(rows):
         router_score(hidden, weights, threshold=limit, arm=conditions)
         with conditions.body(0):
             y.add_(1.0)
-    for value, total in ((-1e9, 1.0), (1e9, 1.0), (-1e9, 2.0)):
+    for value, total in ((1e9, 1.0), (-1e9, 1.0), (1e9, 2.0)):
         limit.fill_(value)
         graph.replay()
         assert y.item() == total, f"threshold {value}"

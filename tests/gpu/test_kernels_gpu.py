@@ -16,6 +16,7 @@ from cases import (
     counters_come_back,  # noqa: F401 - a fixture
     logits_of,
     poison,
+    router_of,
 )
 from torch import Tensor
 
@@ -262,18 +263,18 @@ def test_probe_replays(rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 33, 600, 4096])
 @pytest.mark.parametrize("width", [77, 128, 3584, 8192])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_router(dtype, rows, width, offset):
-    linear = torch.nn.Linear(width, 1, device="cuda").requires_grad_(False)
-    weights = RouterWeights.pack(linear, "cuda")
+@pytest.mark.parametrize(("units", "offset"), [(0, 0), (16, 1), (64, 0)])
+def test_router(dtype, rows, width, units, offset):
+    router = router_of(width, units, "cuda")
+    weights = RouterWeights.pack(router, "cuda")
     hidden = (torch.randn(rows, width + offset, device="cuda") * 3 + 1).to(dtype)[:, offset:]
     may, real = (torch.rand(rows, device="cuda") < share for share in (0.8, 0.7))
     needs = torch.full((1,), 9, dtype=torch.int32, device="cuda")
-    logit, run = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
-    poison(logit, run)
-    router_score(hidden, weights, threshold=0.1, may_skip=may, real=real, needs=needs, out=(logit, run))
-    exact, wanted = reference.router_score(hidden, linear, threshold=0.1, may_skip=may)
-    assert_close(f"{dtype} {rows}x{width}", logit, exact, 2e-4)
+    score, run = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
+    poison(score, run)
+    router_score(hidden, weights, threshold=0.1, may_skip=may, real=real, needs=needs, out=(score, run))
+    exact, wanted = reference.router_score(hidden, router, threshold=0.1, may_skip=may)
+    assert_close(f"{dtype} {rows}x{width}", score, exact, 2e-4)
     agree_away_from("run", run, wanted, exact, 0.1, 2e-4)
     assert (run.view(torch.uint8) <= 1).all(), "a row was not written"
     assert needs.item() == int((run & real).any())

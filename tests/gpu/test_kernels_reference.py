@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import router_of
 
 from sedac_cli.gpu import compile as compiling
 from sedac_cli.gpu import conditional, entropy, probe, reference, route
@@ -125,20 +126,21 @@ def test_probe_latches_what_fires_and_may():
 
 
 def test_router_score():
-    linear = torch.nn.Linear(9, 1).requires_grad_(False)
+    router = router_of(9, 2)
     hidden = torch.randn(2, 3, 9)
     hidden[1, 2] = NAN
     needs = torch.zeros((), dtype=torch.int32)
     may = torch.ones(2, 3, dtype=torch.bool)
     may[0, 0] = False
-    logit, run = reference.router_score(hidden, linear, threshold=0.1, may_skip=may, needs=needs)
+    score, run = reference.router_score(hidden, router, threshold=0.1, may_skip=may, needs=needs)
     x = hidden.double()
     normal = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    exact = (normal @ linear.weight.double().T + linear.bias.double()).squeeze(-1)
-    assert torch.allclose(logit.double(), exact, atol=1e-5, equal_nan=True)
+    z = normal @ router.inner.double().T
+    exact = normal @ router.weight.double() + (z / (1 + (-z).exp())) @ router.outer.double() + router.bias.double()
+    assert torch.allclose(score.double(), exact, atol=1e-5, equal_nan=True)
     assert run[0, 0]
     assert run[1, 2]
-    assert torch.equal(run.flatten()[1:5], (exact > 0.1).flatten()[1:5])
+    assert torch.equal(run.flatten()[1:5], (exact <= 0.1).flatten()[1:5])
     assert needs.item() == 1
 
 
@@ -178,7 +180,7 @@ def test_a_machine_without_a_gpu_says_so():
     [
         lambda x: entropy.fused_entropy(x),
         lambda x: probe.probe_risk(x, probe.ProbeWeights.pack(LREProbe(4, 2), "cpu")),
-        lambda x: probe.router_score(x, probe.RouterWeights.pack(torch.nn.Linear(4, 1), "cpu")),
+        lambda x: probe.router_score(x, probe.RouterWeights.pack(router_of(4), "cpu")),
         lambda x: route.route_split(x, torch.ones(2, dtype=torch.bool)),
         lambda x: route.gather_rows(x, torch.ones(2)),
     ],

@@ -14,6 +14,13 @@ __device__ __forceinline__ float widen(typename Elem<KIND>::raw raw) {
 }
 
 template <int KIND>
+__device__ __forceinline__ typename Elem<KIND>::raw narrow(float x) {
+  if constexpr (KIND == 0) return __float_as_uint(x);
+  else if constexpr (KIND == 1) return float_to_half(x);
+  else return float_to_bfloat(x);
+}
+
+template <int KIND>
 __device__ __forceinline__ void unpack(const uint4& q, float (&v)[Vec<KIND>::N]) {
   const u32 word[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll

@@ -1,0 +1,123 @@
+"""The plain-torch twins of the decode kernels: what they must equal, and what a decode step runs where there is no GPU.
+
+`need` is read on the host here: on a CPU nothing is captured, and a layer that is not needed is really not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sedac_cli.gpu.decode import Heads
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    if name == "silu":
+        return functional.silu(x)
+    if name in ("gelu", "gelu_tanh"):
+        return functional.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+    return x
+
+
+def idle(need: Tensor | None, when: bool) -> bool:
+    return need is not None and bool(need != 0) != when
+
+
+def skinny_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    need: Tensor | None = None,
+    when: bool = True,
+) -> Tensor:
+    out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights)) if out is None else out
+    if idle(need, when):
+        return out
+    given = list(biases or []) or [None] * len(weights)
+    y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=-1)
+    y = activate(y, activation)
+    return out.copy_(y if residual is None else residual + y)
+
+
+def skinny_gated(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    *,
+    biases: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+    need: Tensor | None = None,
+    when: bool = True,
+) -> Tensor:
+    out = x.new_empty(x.shape[0], gate.shape[0]) if out is None else out
+    if idle(need, when):
+        return out
+    first, second = biases or (None, None)
+    return out.copy_(activate(functional.linear(x, gate, first), activation) * functional.linear(x, up, second))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None) -> Tensor:
+    wide = x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y = (normal * (1.0 + weight.float())).to(x.dtype) if plus_one else weight * normal.to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
+) -> None:
+    rows = qkv.shape[0]
+    split = (heads.query * heads.size, heads.key * heads.size, heads.key * heads.size)
+    q, k, v = (part.view(rows, -1, heads.size) for part in qkv.split(split, dim=-1))
+    if norms is not None:
+        q, k = (rms_norm(part, weight, eps) for part, weight in zip((q, k), norms, strict=True))
+    cos, sin = cos.view(rows, 1, -1), sin.view(rows, 1, -1)
+
+    def rotated(x: Tensor) -> Tensor:
+        part, rest = x[..., : heads.rotary], x[..., heads.rotary :]
+        half = heads.rotary // 2
+        turned = torch.cat([-part[..., half:], part[..., :half]], dim=-1)
+        return torch.cat([part * cos + turned * sin, rest], dim=-1)
+
+    qkv[:, : split[0]] = rotated(q).reshape(rows, -1)
+    keys.index_copy_(2, slot.view(1), rotated(k).unsqueeze(2))
+    values.index_copy_(2, slot.view(1), v.unsqueeze(2).clone())
+
+
+def attend(
+    q: Tensor,
+    heads: Heads,
+    keys: Tensor,
+    values: Tensor,
+    slot: Tensor,
+    first: Tensor,
+    scratch: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    rows, places = q.shape[0], keys.shape[2]
+    query = q[:, : heads.query * heads.size].reshape(rows, heads.key, heads.group, heads.size).float()
+    scores = query @ keys.float().transpose(-1, -2) * heads.scale
+    if heads.softcap:
+        scores = torch.tanh(scores / heads.softcap) * heads.softcap
+    place = torch.arange(places, device=q.device)
+    begin = first if not heads.window else torch.maximum(first, slot + 1 - heads.window)
+    seen = (place >= begin.view(-1, 1)) & (place <= slot)
+    weights = torch.softmax(scores.masked_fill(~seen.view(rows, 1, 1, places), float("-inf")), dim=-1)
+    y = (weights @ values.float()).reshape(rows, -1).to(q.dtype)
+    return y if out is None else out.copy_(y)

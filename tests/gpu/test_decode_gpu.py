@@ -1,0 +1,143 @@
+"""The decode kernels against their twins in float32: every shape a step may have, flags that stop a launch, in-place sums."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import assert_close, counters_come_back, poison  # noqa: F401 - one is a fixture
+from torch import Tensor
+
+from sedac_cli.gpu import decode, decode_reference
+from sedac_cli.gpu.decode import Heads
+from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("counters_come_back"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the kernels cannot run here"),
+]
+HALVES = (torch.float16, torch.bfloat16)
+STEP = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+"""Of the largest value: two roundings of the dtype (sums in another order may fall on the other side of one)."""
+
+
+def close(name: str, found: Tensor, expected: Tensor) -> None:
+    limit = STEP[found.dtype] * max(1.0, float(expected.float().abs().max()) if expected.numel() else 1.0)
+    assert_close(name, found.float(), expected.float(), limit)
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.float() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 33, 64])
+@pytest.mark.parametrize(
+    ("width", "sizes"),
+    [(8, (1,)), (104, (17,)), (384, (384, 128, 128)), (3584, (3584, 512, 512)), (18944, (40,)), (72, (3, 5, 7))],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(dtype, rows, width, sizes, bias):
+    x = random(rows, width, dtype=dtype)
+    weights = [random(n, width, dtype=dtype, scale=width**-0.5) for n in sizes]
+    biases = [random(n, dtype=dtype) for n in sizes] if bias else [None] * len(sizes)
+    out = torch.empty(rows, sum(sizes), dtype=dtype, device="cuda")
+    poison(out)
+    skinny_linear(x, weights, biases, out=out)
+    expected = torch.cat([torch.nn.functional.linear(*wide(x, w, b)) for w, b in zip(weights, biases, strict=True)], -1)
+    close(f"{rows} x {width} -> {sizes}", out, expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 7, 20, 64])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("width", "size"), [(384, 1024), (3584, 1000), (40, 33)])
+def test_gated(dtype, rows, activation, width, size):
+    x = random(rows, width, dtype=dtype)
+    gate, up = (random(size, width, dtype=dtype, scale=2 * width**-0.5) for _ in range(2))
+    expected = decode_reference.skinny_gated(*(t.float() for t in (x, gate, up)), activation)  # type: ignore[arg-type]
+    close(activation, skinny_gated(x, gate, up, activation), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("when", [True, False])
+@pytest.mark.parametrize("need", [0, 1])
+def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
+    x, weight = random(rows, 256, dtype=torch.bfloat16), random(100, 256, dtype=torch.bfloat16, scale=0.1)
+    flag = torch.full((1,), need, dtype=torch.int32, device="cuda")
+    held = random(rows, 100, dtype=torch.bfloat16)
+    out = held.clone()
+    skinny_linear(x, [weight], residual=out, out=out, need=flag, when=when)
+    z = held.clone()
+    skinny_gated(x, weight, weight, "silu", out=z, need=flag, when=when)
+    if bool(need) != when:
+        assert torch.equal(out, held)
+        assert torch.equal(z, held)
+    else:
+        close("residual", out, held.float() + x.float() @ weight.float().T)
+        assert not torch.equal(z, held)
+
+
+def test_what_the_linear_kernel_does_not_take_is_named():
+    x = torch.zeros(65, 64, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(ValueError, match=r"1\.\.64 rows"):
+        skinny_linear(x, [torch.zeros(4, 64, dtype=torch.bfloat16, device="cuda")])
+    with pytest.raises(ValueError, match="weight"):
+        skinny_linear(x[:3], [torch.zeros(4, 56, dtype=torch.bfloat16, device="cuda")])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (3, 77), (64, 3584), (2, 8192)])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_norm(dtype, rows, width, plus_one):
+    x, weight = random(rows, width, dtype=dtype, scale=3), random(width, dtype=dtype)
+    expected = decode_reference.rms_norm(x, weight, 1e-6, plus_one)
+    close("norm", decode.rms_norm(x, weight, 1e-6, plus_one), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "heads",
+    [Heads(28, 4, 128, 128, 0.1), Heads(6, 2, 64, 32, 0.1), Heads(4, 4, 80, 80, 0.1), Heads(8, 1, 256, 256, 0.1)],
+)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate(dtype, heads, normed):
+    rows, places = 3, 40
+    qkv = random(rows, heads.width, dtype=dtype)
+    angle = torch.rand(rows, heads.rotary, device="cuda") * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = tuple(random(heads.size, dtype=dtype) for _ in range(2)) if normed else None
+    slot = torch.tensor([17], device="cuda")
+    caches = [torch.zeros(rows, heads.key, places, heads.size, dtype=dtype, device="cuda") for _ in range(4)]
+    twin = qkv.clone()
+    decode.rotate_and_store(qkv, heads, cos, sin, caches[0], caches[1], slot, norms, 1e-6)
+    decode_reference.rotate_and_store(twin, heads, cos, sin, caches[2], caches[3], slot, norms, 1e-6)
+    close("q", qkv[:, : heads.query * heads.size], twin[:, : heads.query * heads.size].float())
+    close("keys", caches[0], caches[2].float())
+    assert torch.equal(caches[1], caches[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        Heads(28, 4, 128, 128, 128**-0.5), Heads(6, 2, 64, 64, 0.125), Heads(16, 1, 256, 256, 0.06),
+        Heads(4, 4, 80, 80, 0.1, softcap=5.0), Heads(8, 2, 128, 128, 0.09, window=100), Heads(3, 3, 16, 16, 0.25),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("slot", [0, 5, 127, 128, 700])
+def test_attend(dtype, heads, slot):
+    rows, places = 4, 720
+    q = random(rows, heads.width, dtype=dtype)
+    keys, values = (random(rows, heads.key, places, heads.size, dtype=dtype) for _ in range(2))
+    at = torch.tensor([slot], device="cuda")
+    first = torch.tensor([0, slot // 3, slot, slot // 2], device="cuda")
+    scratch = decode.attend_scratch(rows, heads, places, q.device)
+    scratch.fill_(float("nan"))
+    found = decode.attend(q, heads, keys, values, at, first, scratch)
+    expected = decode_reference.attend(q.float(), heads, keys.float(), values.float(), at, first)
+    close(f"slot {slot}", found, expected)
