@@ -22,7 +22,9 @@ def settings_for(arguments: Any) -> Iterator[Settings | None]:
     """Resolve what was asked for, and have the configuration made inside carry it."""
     given = arguments.additional_config
     if given is not None and not isinstance(given, dict):
-        raise UsageError(f"additional_config is {type(given).__name__}: sedac needs a dictionary there to put its settings in")
+        raise UsageError(
+            f"additional_config is {type(given).__name__}: sedac needs a dictionary there to put its settings in"
+        )
     given = dict(given or {})
     asked = given.pop(KEY, None)
     if isinstance(asked, dict) and "version" in asked:  # configured before: arguments may be used twice

@@ -46,9 +46,7 @@ def register() -> None:
     from vllm.utils.torch_utils import direct_register_custom_op
 
     _library = torch.library.Library("sedac", "FRAGMENT")
-    direct_register_custom_op(
-        "look", look, mutates_args=["hidden"], fake_impl=_look_shape, target_lib=_library
-    )
+    direct_register_custom_op("look", look, mutates_args=["hidden"], fake_impl=_look_shape, target_lib=_library)
     direct_register_custom_op("mlp", mlp, fake_impl=_mlp_shape, target_lib=_library)
 
 

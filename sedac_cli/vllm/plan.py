@@ -118,7 +118,9 @@ def _probes_of_folder(settings: Settings, shape: ModelShape, guards: Guards | No
     probes = {layer: load_probe(folder / probe_name(layer), shape.hidden_size) for layer in layers}
     for layer, probe in probes.items():
         if "probe_rank" in settings.given and probe.rank != settings.probe_rank:
-            raise InputError(f"{folder / probe_name(layer)} has rank {probe.rank}, SEDAC_PROBE_RANK is {settings.probe_rank}")
+            raise InputError(
+                f"{folder / probe_name(layer)} has rank {probe.rank}, SEDAC_PROBE_RANK is {settings.probe_rank}"
+            )
     if settings.adaptive:
         return CascadeGate(shape.num_layers, probes, _adaptive(settings, layers), guards=guards)
     values = settings.thresholds
@@ -128,7 +130,9 @@ def _probes_of_folder(settings: Settings, shape: ModelShape, guards: Guards | No
             raise UsageError("SEDAC_ADAPTIVE=0 needs SEDAC_THRESHOLDS", hint=f"or sedac calibrate --data-dir {folder}")
         found = Thresholds.read(path).by_layer
         if missing := [layer for layer in layers if layer not in found]:
-            raise InputError(f"{path} has no threshold for layers {missing}", hint=f"SEDAC_PROBE_LAYERS={','.join(map(str, found))}")
+            raise InputError(
+                f"{path} has no threshold for layers {missing}", hint=f"SEDAC_PROBE_LAYERS={','.join(map(str, found))}"
+            )
         values = [found[layer] for layer in layers]
     return CascadeGate(shape.num_layers, probes, dict(zip(layers, values, strict=True)), guards=guards)
 

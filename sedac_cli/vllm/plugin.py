@@ -70,4 +70,10 @@ def _has_key(additional_config: Any) -> bool:
 
 def _asked(additional_config: Any) -> bool:
     """Cheap: nothing of ours is imported unless it is needed."""
-    return _has_key(additional_config) or os.environ.get("SEDAC_ENABLED", "0").strip().lower() not in ("0", "", "false", "no", "off")
+    return _has_key(additional_config) or os.environ.get("SEDAC_ENABLED", "0").strip().lower() not in (
+        "0",
+        "",
+        "false",
+        "no",
+        "off",
+    )

@@ -38,7 +38,8 @@ def read_wish(extra_args: Mapping[str, Any] | None) -> Wish:
     for name in ours:
         if name not in KNOWN:
             raise UsageError(
-                f"a request has no option '{name}'.{did_you_mean(str(name), KNOWN)}", hint="options: " + ", ".join(KNOWN)
+                f"a request has no option '{name}'.{did_you_mean(str(name), KNOWN)}",
+                hint="options: " + ", ".join(KNOWN),
             )
     switch, threshold = ours.get(SWITCH), ours.get(THRESHOLD)
     on = True

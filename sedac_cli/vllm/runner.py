@@ -29,9 +29,7 @@ def attach(runner: Any, session: Session) -> str:
     raise InputError(f"sedac does not know the model runner {type(runner).__module__}.{type(runner).__name__}")
 
 
-def step_rows(
-    lengths: np.ndarray, computed: np.ndarray, prompts: np.ndarray, wishes: Sequence[Wish]
-) -> StepRows:
+def step_rows(lengths: np.ndarray, computed: np.ndarray, prompts: np.ndarray, wishes: Sequence[Wish]) -> StepRows:
     """From requests to rows: `lengths` tokens each, after `computed` earlier ones, of prompts this long."""
     total = int(lengths.sum())
     starts = np.cumsum(lengths) - lengths
@@ -114,4 +112,8 @@ def _attach_v2(runner: Any, state: Any, session: Session) -> None:
         return prepare_dummy(*args, **kwargs)
 
     runner.execute_model = execute_model
-    state.add_request, state.prepare_inputs, state.prepare_dummy_inputs = add_request, prepare_inputs, prepare_dummy_inputs
+    state.add_request, state.prepare_inputs, state.prepare_dummy_inputs = (
+        add_request,
+        prepare_inputs,
+        prepare_dummy_inputs,
+    )

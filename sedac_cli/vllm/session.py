@@ -78,7 +78,10 @@ class Session:
         self.runner = ""
         count = self.gate.num_layers
         self.counters = Counters(
-            0, 0, torch.zeros(count, dtype=torch.long, device=device), torch.zeros(count, dtype=torch.long, device=device)
+            0,
+            0,
+            torch.zeros(count, dtype=torch.long, device=device),
+            torch.zeros(count, dtype=torch.long, device=device),
         )
 
     # The model --------------------------------------------------------------------------------------------------
@@ -146,7 +149,9 @@ class Session:
 
         real = torch.arange(count, device=self.device) < n
         shape = (1, count)
-        if is_batch_max(self.gate):  # the rows of one decode step are judged together; a prompt's rows are not among them
+        if is_batch_max(
+            self.gate
+        ):  # the rows of one decode step are judged together; a prompt's rows are not among them
             real &= row(~rows.prefill, False)
             shape = (count, 1)
         return self.gate.start(
@@ -183,13 +188,9 @@ class Session:
 
     def fresh(self, count: int, layer: int) -> TokenState:
         """The state of this pass, new at the first site the pass comes to."""
-        if self.state is None or layer == self.first_site and self.state.scale.shape[0] != count:
+        if self.state is None:
             self.state = self.start(count)
         return self.state
-
-    @property
-    def first_site(self) -> int:
-        return min([*self.looks[:1], *self.gated[:1]])
 
     def finish(self, state: TokenState) -> None:
         out = state.exit_layer[state.exit_layer < self.gate.num_layers].long()

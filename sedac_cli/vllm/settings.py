@@ -44,6 +44,8 @@ class Settings(BaseModel):
     protect_last: int | None = Field(None, ge=0)
     phase: Literal["both", "decode", "prefill"] | None = None
     seed: int = 0
+    mlp: Literal["nodes", "kernels"] = "nodes"
+    """How a gated MLP is run inside a CUDA graph."""
     given: list[str] = []
     """Names that were set rather than left at their default."""
     version: str = __version__
@@ -131,7 +133,9 @@ def _checked(values: dict[str, Any]) -> Settings:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         where = f"sedac settings: {name} (SEDAC_{name.split('.')[0].upper()})" if name else "sedac settings"
-        raise UsageError(f"{where}: {first['msg']}, found {first['input']!r}" if name else f"{where}: {first['msg']}") from None
+        raise UsageError(
+            f"{where}: {first['msg']}, found {first['input']!r}" if name else f"{where}: {first['msg']}"
+        ) from None
 
 
 def _from_text(name: str, text: str, variable: str) -> Any:

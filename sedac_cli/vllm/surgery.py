@@ -60,7 +60,9 @@ def _layer(index: int, layer: nn.Module, model: str) -> Layer:
         )
     label, mlp = blocks[0]
     if any("MoE" in type(m).__name__ or "Experts" in type(m).__name__ for m in mlp.modules()):
-        raise InputError(f"sedac cannot gate {model}: {label} of layer {index} is a mixture of experts ({type(mlp).__name__})")
+        raise InputError(
+            f"sedac cannot gate {model}: {label} of layer {index} is a mixture of experts ({type(mlp).__name__})"
+        )
     rows = [p for p in inspect.signature(mlp.forward).parameters.values() if p.default is p.empty]
     if len(rows) != 1:
         raise InputError(
@@ -75,4 +77,9 @@ def _attends(module: nn.Module) -> bool:
 
 def _multiplies(module: nn.Module) -> bool:
     """Whether a block holds linear layers. Their weights may be packed out of sight, so the class tells: vLLM's own base."""
-    return any(kind.__name__ == "LinearBase" for child in module.children() for m in child.modules() for kind in type(m).__mro__)
+    return any(
+        kind.__name__ == "LinearBase"
+        for child in module.children()
+        for m in child.modules()
+        for kind in type(m).__mro__
+    )

@@ -1,7 +1,7 @@
 """What happens in a vLLM worker: once its model is loaded, the gate goes in; then the worker answers for it.
 
-    llm.collective_rpc("sedac_status")                             # one report per worker
-    llm.collective_rpc("sedac_set_thresholds", args=([0.4],))      # from the next step on
+llm.collective_rpc("sedac_status")                             # one report per worker
+llm.collective_rpc("sedac_set_thresholds", args=([0.4],))      # from the next step on
 """
 
 from __future__ import annotations

@@ -58,7 +58,12 @@ def test_gates_without_artifacts(family, spec):
 def test_cascade_with_guards(family, tmp_path, settings):
     engine, loaded = family
     thresholds = save_probes(tmp_path, loaded, PROMPTS, layers=(1, 2), share=0.4)
-    settings = {"probe_dir": str(tmp_path), "probe_layers": [1, 2], "adaptive": False, "thresholds": thresholds} | settings
+    settings = {
+        "probe_dir": str(tmp_path),
+        "probe_layers": [1, 2],
+        "adaptive": False,
+        "thresholds": thresholds,
+    } | settings
     session, run = compare(engine, loaded, None, **settings)
     assert 0.02 < run.skip_ratio < 0.9
     assert sum(session.counters.exits.tolist()) > 0

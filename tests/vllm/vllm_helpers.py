@@ -59,7 +59,9 @@ class Engine:
         prompts = prompts or PROMPTS
         extras = extra if isinstance(extra, list) else [extra] * len(prompts)
         sampling = [
-            SamplingParams(max_tokens=tokens, temperature=0, prompt_logprobs=0, logprobs=0, ignore_eos=True, extra_args=e)
+            SamplingParams(
+                max_tokens=tokens, temperature=0, prompt_logprobs=0, logprobs=0, ignore_eos=True, extra_args=e
+            )
             for e in extras
         ]
         done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
