@@ -229,7 +229,7 @@ def pytest_collection_modifyitems(items):
 
     if "vllm" not in packages_distributions():
         for item in items:
-            if "vllm" in item.keywords:
+            if item.get_closest_marker("vllm"):
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-env vllm-test"))
 
 

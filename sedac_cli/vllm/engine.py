@@ -14,7 +14,6 @@ from sedac_cli.vllm.requests import read_wish
 from sedac_cli.vllm.settings import KEY, Settings, read_settings, settings_of
 from sedac_cli.vllm.worker import check_engine
 
-ACTIVATIONS = ("silu_and_mul", "gelu_and_mul")
 
 
 @contextmanager
@@ -50,8 +49,12 @@ def check(config: Any, settings: Settings) -> None:
     check_engine(config, plan.gate)
     if not plan.gate.trivial:
         # Inside an opaque operator nothing is compiled: a fused kernel of vLLM's must stand for what inductor would fuse.
+        text = config.model_config.hf_text_config
+        act = getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu"
+        fused = "gelu_and_mul" if "gelu" in str(act) else "silu_and_mul"
         custom = config.compilation_config.custom_ops
-        custom += [f"+{name}" for name in ACTIVATIONS if f"+{name}" not in custom and f"-{name}" not in custom]
+        if f"+{fused}" not in custom and f"-{fused}" not in custom:
+            custom.append(f"+{fused}")
     refuse_nonsense_in_requests()
     handshake.report(
         "engine",

@@ -165,14 +165,14 @@ class Session:
             return
         began = time.perf_counter()
         stream = hidden if residual is None else hidden + residual
-        self.gate.decide(layer, stream, self.fresh(stream.shape[0], layer))
+        self.gate.decide(layer, stream, self.fresh(stream.shape[0]))
         self.counters.seconds += time.perf_counter() - began
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         if self.rows is None:
             return self.forward[layer](x)
         began = time.perf_counter()
-        state = self.fresh(x.shape[0], layer)
+        state = self.fresh(x.shape[0])
         if layer not in self.looks:
             self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
         scale = state.scale
@@ -186,7 +186,7 @@ class Session:
         out = self.forward[layer](x[rows]) if rows.numel() else None
         return blend_rows(self.standin, layer, x, out, rows, scale)
 
-    def fresh(self, count: int, layer: int) -> TokenState:
+    def fresh(self, count: int) -> TokenState:
         """The state of this pass, new at the first site the pass comes to."""
         if self.state is None:
             self.state = self.start(count)

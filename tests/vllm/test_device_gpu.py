@@ -61,10 +61,9 @@ def make_session(gate, standin=None, mlp="nodes", full=True):
     layers = [Layer(i, nn.Identity(), Mlp().cuda(), 0, None) for i in range(LAYERS)]
     settings = read_settings({"gate": "never", "mlp": mlp}, {})
     session = DeviceSession(settings, Plan(gate, standin or ZeroStandIn()), layers, torch.device("cuda"), 1024)
-    session.make_nodes()
     session.forward = {i: layers[i].mlp.forward for i in session.gated}
-    session.packs = session._packing_works()
-    session.full = lambda: full
+    session.packs = session.packing_works()
+    session.capture.whole = lambda: full
     return session, layers
 
 
@@ -78,8 +77,8 @@ def run_layers(session, layers, x):
     return x
 
 
-def rows(count, prompt=0, **more):
-    return StepRows(np.arange(count, dtype=np.int32), np.arange(count) < prompt, **more)
+def rows(count, first=20, **more):
+    return StepRows(np.arange(count, dtype=np.int32) + first, np.zeros(count, dtype=bool), **more)
 
 
 def capture(session, layers, x):
@@ -113,29 +112,39 @@ def probe(layer):
     return LREProbe(WIDTH, 16).cuda().requires_grad_(False)
 
 
-def gates():
-    forced = [lambda off=off: ForcedGate(LAYERS, off) for off in ([], [0], [1, 3], [0, 1, 2, 3])]
-    probes = {1: probe(1), 2: probe(2)}
-    cascades = [
-        lambda t=t: CascadeGate(LAYERS, probes, t, guards=Guards(sinks=1))
-        for t in ({1: 0.0, 2: 1e9}, {1: 1e9, 2: 0.0}, {1: 0, 2: 0})
-    ]
+def routers():
     torch.manual_seed(5)
-    routers = {}
-    for layer in range(1, LAYERS):
-        routers[layer] = Router(WIDTH, 4).requires_grad_(False)
-        for parameter in routers[layer].parameters():
+    made = {layer: Router(WIDTH, 4).requires_grad_(False) for layer in range(1, LAYERS)}
+    for router in made.values():
+        for parameter in router.parameters():
             parameter.normal_(0, 0.2)
-    learned = [lambda t=t: LearnedGate(LAYERS, routers, t) for t in (-1e9, 0.0, 1e9)]
-    return [*forced, *cascades, *learned, lambda: StabilityGate(LAYERS, tau=0.5, k=1, min_layer=1)]
+    return made
+
+
+GATES = {
+    "all on": lambda: ForcedGate(LAYERS, []),
+    "first off": lambda: ForcedGate(LAYERS, [0]),
+    "two off": lambda: ForcedGate(LAYERS, [1, 3]),
+    "all off": lambda: ForcedGate(LAYERS, [0, 1, 2, 3]),
+    "exit at the second checkpoint": lambda: CascadeGate(LAYERS, {1: probe(1), 2: probe(2)}, {1: 0.0, 2: 1e9}),
+    "exit at the first": lambda: CascadeGate(LAYERS, {1: probe(1), 2: probe(2)}, {1: 1e9, 2: 0.0}),
+    "no exit": lambda: CascadeGate(LAYERS, {1: probe(1), 2: probe(2)}, {1: 0.0, 2: 0.0}),
+    "exit but the last layer": lambda: CascadeGate(LAYERS, {1: probe(1)}, {1: 1e9}, guards=Guards(last=1)),
+    "sinks": lambda: CascadeGate(LAYERS, {1: probe(1)}, {1: 1e9}, guards=Guards(sinks=4)),
+    "routers say skip": lambda: LearnedGate(LAYERS, routers(), -1e9),
+    "routers say run": lambda: LearnedGate(LAYERS, routers(), 1e9),
+    "routers decide": lambda: LearnedGate(LAYERS, routers(), 0.0),
+    "torch rule": lambda: StabilityGate(LAYERS, tau=-0.9, k=1, min_layer=2),
+}
 
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("count", [1, 5, 40])
-@pytest.mark.parametrize("make", gates())
+@pytest.mark.parametrize("name", list(GATES))
 @pytest.mark.parametrize("mlp", ["nodes", "kernels"])
 @torch.no_grad()
-def test_a_replay_follows_the_gate(make, count, full, mlp):
+def test_a_replay_follows_the_gate(name, count, full, mlp):
+    make = GATES[name]
     torch.manual_seed(2)
     lows = {i: LowRank(WIDTH, 8).cuda().requires_grad_(False) for i in range(1, LAYERS)}
     for low in lows.values():
@@ -145,7 +154,7 @@ def test_a_replay_follows_the_gate(make, count, full, mlp):
         session, layers = make_session(make(), standin, mlp, full)
         x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
         graph, out = capture(session, layers, x)
-        for step in (rows(count), rows(count, dense=np.arange(count) == 0), rows(count)):
+        for step in (rows(count), rows(count, dense=np.arange(count) == 0), rows(count, first=0)):
             x.copy_(torch.randn(count, WIDTH))
             session.begin(step)
             graph.replay()
