@@ -170,17 +170,20 @@ class DeviceSession(Session):
 
     def by_rows(self, layer: int, x: Tensor, scale: Tensor) -> Tensor:
         """Outside graphs: each row for itself, no host sync. Where rows are not packed all are computed, and nothing is saved."""
-        mlp = self.dense[layer]
-        if self.packs and mlp is not None and x.shape[0] >= PACK_ROWS:
+        mlp, soft = self.dense[layer], isinstance(self.gate, SoftGate)
+        packs = self.packs and mlp is not None and x.shape[0] >= PACK_ROWS
+        if packs and mlp is not None:
             packed = gather_rows(x, scale)
-            out = scatter_rows(mlp.packed(packed.rows, packed.counts[:1]), packed.slot)
+            out = scatter_rows(mlp.packed(packed.rows, packed.counts[:1]), packed.slot)  # zero in the other rows
         else:
             out = self.forward[layer](x)
-        weight = scale.unsqueeze(-1).to(out.dtype)
         instead = self.standin.rows(layer, x)
-        other = torch.zeros_like(out) if instead is None else instead.to(out.dtype)
+        if packs and instead is None and not soft:
+            return out
+        weight = scale.unsqueeze(-1).to(out.dtype)
+        other = torch.zeros_like(out[:1]) if instead is None else instead.to(out.dtype)
         mixed = torch.where(weight == 0, other, out)
-        if not isinstance(self.gate, SoftGate):
+        if not soft:
             return mixed
         return torch.where((weight == 0) | (weight == 1), mixed, weight * out + (1 - weight) * other)
 

@@ -15,7 +15,6 @@ from sedac_cli.vllm.settings import KEY, Settings, read_settings, settings_of
 from sedac_cli.vllm.worker import check_engine
 
 
-
 @contextmanager
 def settings_for(arguments: Any) -> Iterator[Settings | None]:
     """Resolve what was asked for, and have the configuration made inside carry it."""
