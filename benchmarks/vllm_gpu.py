@@ -3,8 +3,11 @@
 Each engine is a process of its own with the same model (the shape of Qwen2.5-7B, random weights, bf16) and the same vLLM settings;
 only one works at a time. A step is timed as the difference of two generations of different length, so prompts and start-up cancel.
 
-    python benchmarks/vllm_gpu.py --out benchmarks/results/vllm_gpu.json
-    python benchmarks/vllm_gpu.py --engines plain,nodes,kernels --rounds 5 --throughput
+    python benchmarks/vllm_gpu.py --engines plain,silu,never,nodes,kernels --out benchmarks/results/vllm_gpu.json
+    python benchmarks/vllm_gpu.py --engines plain,nodes,cascade,learned --out benchmarks/results/vllm_gpu_gates.json
+    python benchmarks/vllm_gpu.py --engines plain,nodes --batches "" --throughput --kv-gib 12 --out benchmarks/results/vllm_gpu_throughput.json
+
+An engine takes about 20 GiB of the GPU.
 
 Engines: plain (no plugin), never (plugin, gate never), silu (plain, with vLLM's own activation kernel), nodes and kernels (layers
 forced off in the two ways a gated MLP can run), cascade and learned (gates that decide, made to skip exactly what is forced).
@@ -71,7 +74,7 @@ def serve(name: str, args: argparse.Namespace, work: Path) -> None:
         compilation["custom_ops"] = ["+silu_and_mul", "+gelu_and_mul"]
     llm = LLM(
         model=str(work / "model"), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
-        gpu_memory_utilization=0.9, kv_cache_memory_bytes=args.kv_gib * 2**30, max_num_seqs=max(args.sizes),
+        gpu_memory_utilization=args.memory, kv_cache_memory_bytes=args.kv_gib * 2**30, max_num_seqs=max(args.sizes),
         max_num_batched_tokens=8192, enable_prefix_caching=False, seed=0, compilation_config=compilation,
         tensor_parallel_size=args.tp, additional_config={"sedac": asked} if asked else {},
     )  # fmt: skip
@@ -213,15 +216,18 @@ class Engine:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default="plain,silu,never,nodes,kernels,cascade,learned")
+    parser.add_argument("--engines", default="plain,silu,never,nodes,kernels")
     parser.add_argument("--shape", default="qwen2.5-7b", choices=list(SHAPES))
-    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--batches", default="1,8,32", help="empty: no step times")
     parser.add_argument("--sizes", default="1,8,32,256", help="batch sizes vLLM captures graphs for")
     parser.add_argument("--shares", default="0,0.25,0.5,1", help="of MLPs forced off")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--together", type=int, default=2, help="engines that start at the same time")
-    parser.add_argument("--kv-gib", type=int, default=4)
+    parser.add_argument("--kv-gib", type=int, default=2, help="of each engine; 256 x 640 tokens need 10")
+    parser.add_argument(
+        "--memory", type=float, default=0.1, help="share of the GPU that must be free when an engine starts"
+    )
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--cudagraph-mode", default="FULL_AND_PIECEWISE")
     parser.add_argument(
@@ -313,7 +319,7 @@ def outputs(engines: list[Engine], result: dict) -> None:
 
 def steps(engines: list[Engine], args: argparse.Namespace, result: dict) -> None:
     shares = [float(x) for x in args.shares.split(",")]
-    for batch in map(int, args.batches.split(",")):
+    for batch in [int(x) for x in args.batches.split(",") if x]:
         for engine in engines:
             engine.ask(do="step", batch=batch, steps=16)
         for number in range(args.rounds):

@@ -75,7 +75,10 @@ def _attach_v1(runner: Any, session: Session) -> None:
 def _attach_v2(runner: Any, state: Any, session: Session) -> None:
     add, prepare, prepare_dummy = state.add_request, state.prepare_inputs, state.prepare_dummy_inputs
     execute = runner.execute_model
-    dummy_place = list(inspect.signature(execute).parameters).index("dummy_run")
+    takes = list(inspect.signature(execute).parameters)
+    if "dummy_run" not in takes:
+        raise InputError(f"sedac does not know this V2 model runner: execute_model takes {', '.join(takes)}")
+    dummy_place = takes.index("dummy_run")
     wishes: dict[int, Wish] = {}
     dummy = False
 
