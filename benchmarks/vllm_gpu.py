@@ -191,6 +191,8 @@ class Engine:
         environment |= ENVIRONMENT | {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(work / "cache")}
         if "--tp" not in arguments:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if name in ("plain", "silu"):
+            environment["VLLM_PLUGINS"] = "none"
         self.name = name
         self.log = (work / f"{name}.log").open("w")
         self.process = subprocess.Popen(
