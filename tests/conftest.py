@@ -279,3 +279,27 @@ def toy_tasks(tmp_path_factory) -> Path:
     for name, own in tasks.items():  # JSON is YAML
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **own}), encoding="utf-8")
     return folder
+
+
+def pytest_collection_modifyitems(items):
+    from importlib.metadata import packages_distributions
+
+    if "vllm" not in packages_distributions():
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make vllm-env vllm-test"))
+
+
+@pytest.fixture(
+    scope="session", params=os.environ.get("SEDAC_TEST_FAMILIES", "qwen2,llama,qwen3,mistral,gemma").split(",")
+)
+def family(request, tmp_path_factory):
+    """(vLLM on the CPU in this process, the same tiny model under Hugging Face), for one family after the other."""
+    from vllm_helpers import SIZE, Engine
+
+    from sedac_cli.models import load_model
+
+    folder = save_tiny(tmp_path_factory.mktemp("vllm") / request.param, request.param, **SIZE)
+    engine = Engine(folder)
+    yield engine, load_model(str(folder))
+    engine.close()

@@ -50,6 +50,8 @@ class TokenState:
     exit_layer: Tensor
     may_skip: Tensor
     real: Tensor
+    strict: Tensor | None = None
+    """[tokens]: thresholds of single tokens; the stricter of a token's own and the gate's counts."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     layer: int = -1
     """The last one decided."""
@@ -68,6 +70,8 @@ class Gate:
     """`entry`: the state entering the layer (the checkpoint rules). `mlp`: the MLP's own input."""
     trivial = False
     """True for a gate that never skips: the runtime then leaves the model alone, bit for bit."""
+    strict_side: Literal["low", "high"] | None = None
+    """Which of two thresholds is the stricter one; None: the rule has none."""
     floor = 0.0
     """Scales at or below this count as 0: the MLP is not run."""
 
@@ -91,9 +95,10 @@ class Gate:
         real: Tensor | None = None,
         prefill: bool = True,
         force: Tensor | None = None,
+        strict: Tensor | None = None,
     ) -> TokenState:
         """Fresh state for one forward pass. `position` counts from 0 in each sequence; padding is not `real`; tokens of
-        `force` run every MLP whatever the rule says."""
+        `force` run every MLP whatever the rule says; `strict` holds thresholds of single tokens."""
         real = torch.ones(tokens, dtype=torch.bool, device=device) if real is None else real
         may_skip = real & (self.guards.prefill if prefill else self.guards.decode)
         if self.guards.sinks:
@@ -107,6 +112,7 @@ class Gate:
             exit_layer=torch.full((tokens,), self.num_layers, dtype=torch.int32, device=device),
             may_skip=may_skip,
             real=real,
+            strict=strict,
         )
         self.prepare(state)
         return state

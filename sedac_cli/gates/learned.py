@@ -63,6 +63,7 @@ class LearnedGate(Gate):
         ),
     )
     looks_at: Literal["entry", "mlp"] = "mlp"
+    strict_side = "high"
 
     def __init__(self, num_layers: int, routers: dict[int, Router], threshold: float, guards: Guards | None = None):
         super().__init__(num_layers, guards)
@@ -83,7 +84,8 @@ class LearnedGate(Gate):
         assert hidden is not None
         score = self.routers[layer](hidden)
         state.memory["score"] = score
-        return score <= self.limit
+        limit = self.limit if state.strict is None else torch.maximum(self.limit, state.strict)
+        return score <= limit
 
     def holds(self, layer: int) -> bool:
         return layer not in self.routers and layer - 1 not in self.routers

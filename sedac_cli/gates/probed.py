@@ -20,6 +20,8 @@ from sedac_cli.probes import LREProbe
 class ProbeGate(Gate):
     """Reads its probes at its checkpoints. `thresholds`: one number each, or an `AdaptiveThresholds` that finds them."""
 
+    strict_side = "low"
+
     def __init__(
         self,
         num_layers: int,
@@ -65,6 +67,8 @@ class ProbeGate(Gate):
         if self.adaptive is not None:
             limit = limit.clone()
             self.adaptive.observe(index, risk, reached)
+        if state.strict is not None:
+            limit = torch.minimum(limit, state.strict)
         return risk, limit
 
     def parameters(self) -> dict[str, Any]:

@@ -306,7 +306,7 @@ class _Packed:
                 if self.kind not in _OUTPUTS:  # one row, once for this kind of MLP: what does the layer unpack?
                     run(rows.new_zeros(1), lead, args, kwargs)
                 others = [None] * _OUTPUTS[self.kind]
-            blended = self.blend(flat, result, rows, scale, residual).view(x.shape)
+            blended = blend_rows(self.installed.standin, self.layer, flat, result, rows, scale, residual).view(x.shape)
             return (blended, *others) if others else blended
 
         return forward
@@ -329,29 +329,32 @@ class _Packed:
             x, rows, scale = self.pending
             self.pending = None
             result = original(packed, *args, **kwargs) if rows.numel() else None
-            return self.blend(x.reshape(-1, x.shape[-1]), result, rows, scale).view(x.shape)
+            flat = x.reshape(-1, x.shape[-1])
+            return blend_rows(self.installed.standin, self.layer, flat, result, rows, scale).view(x.shape)
 
         return forward
 
-    def blend(
-        self, flat: Tensor, result: Tensor | None, rows: Tensor, scale: Tensor, residual: Tensor | None = None
-    ) -> Tensor:
-        """scale * MLP + (1 - scale) * stand-in; rows of scale 1 take the MLP's output unchanged.
 
-        An MLP that adds the residual inside returns it with its rows, so there the stand-in gets it added too.
-        """
-        out = torch.zeros_like(flat) if residual is None else residual
-        away = torch.nonzero(scale < 1).squeeze(-1)
-        instead = self.installed.standin.rows(self.layer, flat[away])  # a stand-in costs too: only where it is taken
-        if instead is not None:
-            out = out.index_add(0, away, instead.to(out.dtype))
-        if result is None:
-            return out
-        ran = result.reshape(-1, flat.shape[-1])
-        out = out.to(ran.dtype)
-        weight = scale[rows].unsqueeze(-1).to(ran.dtype)
-        mixed = torch.where(weight == 1, ran, weight * ran + (1 - weight) * out[rows])
-        return out.index_copy(0, rows, mixed)
+def blend_rows(
+    standin: StandIn, layer: int, flat: Tensor, result: Tensor | None, rows: Tensor, scale: Tensor,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """scale * MLP + (1 - scale) * stand-in, with `result` the MLP's output for `rows`; rows of scale 1 take it unchanged.
+
+    An MLP that adds the residual inside returns it with its rows, so there the stand-in gets it added too.
+    """
+    out = torch.zeros_like(flat) if residual is None else residual
+    away = torch.nonzero(scale < 1).squeeze(-1)
+    instead = standin.rows(layer, flat[away])  # a stand-in costs too: only where it is taken
+    if instead is not None:
+        out = out.index_add(0, away, instead.to(out.dtype))
+    if result is None:
+        return out
+    ran = result.reshape(-1, flat.shape[-1])
+    out = out.to(ran.dtype)
+    weight = scale[rows].unsqueeze(-1).to(ran.dtype)
+    mixed = torch.where(weight == 1, ran, weight * ran + (1 - weight) * out[rows])
+    return out.index_copy(0, rows, mixed)
 
 
 def _is_routed(block: nn.Module) -> bool:

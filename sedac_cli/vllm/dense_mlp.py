@@ -1,0 +1,86 @@
+"""An MLP of vLLM's whose weights lie open: two matrices, an activation, no quantization, no adapter. Such a one can be run by
+our own kernels: on packed rows whose number only the device knows, or on few rows under a flag that stops the launches.
+
+    mlp = DenseMlp.of(layer.mlp)          # None: it stays what vLLM launches
+    y = mlp.packed(rows, counts)          # counts [1] int32, on the device
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    gate_up: Tensor
+    """[2 x inner, hidden]: gate, then up."""
+    down: Tensor
+    activation: str
+    fused: nn.Module
+    """vLLM's own activation, for many rows."""
+    parallel: int
+    """Over how many GPUs the inner width is split."""
+    rank: int
+
+    @classmethod
+    def of(cls, mlp: nn.Module) -> DenseMlp | None:
+        parts = (getattr(mlp, name, None) for name in ("gate_up_proj", "down_proj", "act_fn"))
+        first, last, act = parts
+        if (
+            first is None
+            or last is None
+            or act is None
+            or type(act).__name__ not in ACTIVATIONS
+            or len(list(mlp.children())) != 3
+        ):
+            return None
+        for linear in (first, last):
+            plain = type(getattr(linear, "quant_method", None)).__name__ == "UnquantizedLinearMethod"
+            weight = getattr(linear, "weight", None)
+            if (
+                not plain
+                or weight is None
+                or weight.dtype != torch.bfloat16
+                or getattr(linear, "bias", None) is not None
+            ):
+                return None
+            if weight.dim() != 2 or not weight.is_contiguous() or weight.shape[1] % 8:
+                return None
+        if not getattr(last, "reduce_results", True):
+            return None
+        name = ACTIVATIONS[type(act).__name__]
+        if name == "gelu" and getattr(act, "approximate", "none") == "tanh":
+            name = "gelu_tanh"
+        return cls(first.weight, last.weight, name, act, getattr(last, "tp_size", 1), getattr(last, "tp_rank", 0))
+
+    def packed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """The first counts[0] rows; what lies behind them is undefined, in and out. The host never learns how many."""
+        hidden = _grouped(rows, self.gate_up, counts)
+        return self.reduce(_grouped(self.fused(hidden), self.down, counts))
+
+    def few(self, x: Tensor, out: Tensor, need: Tensor) -> None:
+        """Up to 64 rows into `out`, unless the flag is 0: then nothing is read or written."""
+        from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
+
+        inner = self.gate_up.shape[0] // 2
+        z = skinny_gated(x, self.gate_up[:inner], self.gate_up[inner:], self.activation, need=need)
+        skinny_linear(z, [self.down], out=out, need=need)
+
+    def reduce(self, y: Tensor) -> Tensor:
+        if self.parallel == 1:
+            return y
+        from vllm.distributed import tensor_model_parallel_all_reduce
+
+        return tensor_model_parallel_all_reduce(y)
+
+
+def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """rows @ weight.T for the first counts[0] rows: one group, whose end lies on the device."""
+    multiply: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    return multiply(rows, weight.t().unsqueeze(0), offs=counts)

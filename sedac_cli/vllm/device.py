@@ -1,0 +1,214 @@
+"""A session on CUDA: decisions are taken on the device, and a graph that vLLM replays follows them without the host.
+
+While vLLM captures a graph (`captured.py`), a layer's MLP becomes one of
+
+- nodes: an IF-ELSE node. Whatever the MLP launches (quantized kernels, all-reduce) is the one body, the stand-in the other.
+  The body's own output is what the next layer reads: nothing is cleared or copied when the MLP runs.
+- kernels: for open bf16 weights and up to 64 rows, launches that a flag stops. No node; rounding differs from cuBLAS.
+
+In a graph the MLP runs if any row needs it; rows that would have skipped then get it for free. Steps that no graph covers
+(long prompts) decide row by row: active rows are packed, and a grouped matrix product reads their number on the device.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_cli.errors import InputError
+from sedac_cli.gates.base import TokenState
+from sedac_cli.gates.soft import SoftGate
+from sedac_cli.gpu.route import gather_rows, scatter_rows
+from sedac_cli.vllm.captured import Capture, relax_captures
+from sedac_cli.vllm.dense_mlp import DenseMlp
+from sedac_cli.vllm.inputs import MAY_SKIP, MUST_RUN, PADDING, StepInputs
+from sedac_cli.vllm.session import Session, StepRows, is_batch_max
+
+log = logging.getLogger("vllm.sedac")
+
+PACK_ROWS = 512
+"""From here on packing rows pays in a step without a graph; below, weights are read whole for one active row as for all."""
+
+
+class DeviceSession(Session):
+    kind = "conditional nodes"
+
+    def __init__(self, settings: Any, plan: Any, layers: Any, device: torch.device, max_tokens: int):
+        super().__init__(settings, plan, layers, device, max_tokens)
+        self.inputs = StepInputs(max_tokens, device)
+        self.ran = torch.zeros(len(self.gated), dtype=torch.long, device=device)
+        """Tokens whose MLP ran in steps without a graph, by place."""
+        self.dense = {layer: DenseMlp.of(self.layers[layer].mlp) for layer in self.gated}
+        self.use_kernels = settings.mlp == "kernels"
+        self.packs = False
+        if self.use_kernels:
+            self.kind = "kernels under flags up to 64 rows, conditional nodes"
+            self.check_kernels()
+        self.capture = Capture(self) if self.gated else None
+
+    def check_kernels(self) -> None:
+        if isinstance(self.gate, SoftGate):
+            raise InputError("SEDAC_MLP=kernels cannot blend as gate 'soft' does", hint="SEDAC_MLP=nodes")
+        for layer, mlp in self.dense.items():
+            if mlp is None:
+                raise InputError(
+                    f"SEDAC_MLP=kernels needs bf16 MLPs of two open matrices; layer {layer} has a "
+                    f"{type(self.layers[layer].mlp).__name__} that is not",
+                    hint="SEDAC_MLP=nodes wraps whatever the MLP launches",
+                )
+
+    def install(self) -> None:
+        if self.gated:
+            relax_captures()
+        super().install()
+        self.packs = bool(self.gated) and self.packing_works()
+
+    @torch.inference_mode()
+    def packing_works(self) -> bool:
+        """Whether the grouped product gives what vLLM's own MLP gives, on rows made up; said once if not."""
+        mlp = self.dense[self.gated[0]]
+        if mlp is None or any(other is None for other in self.dense.values()):
+            return False
+        x = torch.randn(PACK_ROWS, mlp.gate_up.shape[1], dtype=mlp.gate_up.dtype, device=self.device)
+        expected = self.forward[self.gated[0]](x)
+        try:
+            got = mlp.packed(x, torch.full((1,), PACK_ROWS, dtype=torch.int32, device=self.device))
+        except RuntimeError as error:
+            log.warning("sedac: rows are not packed in steps without a graph: %s", str(error).splitlines()[0])
+            return False
+        off = float((got - expected).float().norm() / expected.float().norm().clamp_min(1e-9))
+        if not off < 2e-2:
+            log.warning("sedac: rows are not packed in steps without a graph: the grouped product is off by %.2g", off)
+        return off < 2e-2
+
+    # One step ---------------------------------------------------------------------------------------------------
+
+    def begin(self, rows: StepRows | None) -> None:
+        super().begin(rows)
+        if rows is None or self.capture is None:
+            return
+        force, strict = self.masks(rows)
+        if rows.strict is not None and self.capture.mode in ("probes", "routers"):
+            force = force | ~np.isnan(
+                rows.strict
+            )  # these kernels hold one threshold for all; every MLP is stricter still
+        state = np.where(force, MUST_RUN, MAY_SKIP).astype(np.int32)
+        if is_batch_max(self.gate):
+            state[rows.prefill] = PADDING
+        sinks = self.gate.guards.sinks
+        protected = bool(force.any()) or bool(sinks and (rows.position < sinks).any())
+        if strict is None and self.gate.strict_side is not None:
+            strict = np.full(len(force), np.inf if self.gate.strict_side == "low" else -np.inf, dtype=np.float32)
+        self.inputs.write(rows.position, state, strict, protected)
+
+    def start(self, count: int) -> TokenState:
+        """From device memory, so that a captured pass reads the rows of the step that replays it."""
+        state = self.inputs.state(count)
+        assert self.capture is not None
+        strict = None
+        if self.capture.mode == "torch" and self.gate.strict_side is not None:
+            strict = self.inputs.strict(count)
+        return self.gate.start(
+            count, self.device, shape=(count, 1) if is_batch_max(self.gate) else (1, count),
+            position=self.inputs.position(count) if self.gate.guards.sinks else None, real=state > PADDING,
+            prefill=self.gate.guards.prefill, force=state == MUST_RUN, strict=strict,
+        )  # fmt: skip
+
+    def look(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        assert self.capture is not None
+        capturing = torch.cuda.is_current_stream_capturing()
+        if not capturing and self.rows is None:
+            self.capture.warm_look(layer, hidden)
+            return
+        stream = hidden if residual is None else hidden + residual
+        state = self.fresh(stream.shape[0], capturing)
+        if capturing:
+            self.capture.look(layer, stream, state)
+        else:
+            self.gate.decide(layer, stream, state)
+
+    def fresh(self, count: int, capturing: bool = False) -> TokenState:
+        if self.state is None:
+            self.state = self.start(count)
+            if capturing and self.capture is not None:
+                self.capture.open(count)
+        return self.state
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        assert self.capture is not None
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
+            return self.captured(layer, x, self.capture)
+        if self.rows is None:
+            self.capture.warm_mlp(layer, x)
+            if self.packs and x.shape[0] >= PACK_ROWS:  # vLLM measures here how much memory a step takes
+                return self.by_rows(layer, x, torch.ones(x.shape[0], device=x.device))
+            return self.forward[layer](x)
+        state = self.fresh(x.shape[0], capturing)
+        if layer not in self.looks:
+            self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
+        self.ran[self.capture.place[layer]] += ((state.scale > 0) & state.real).sum()
+        if layer == self.gated[-1]:
+            self.state = None
+        return self.by_rows(layer, x, state.scale)
+
+    def captured(self, layer: int, x: Tensor, capture: Capture) -> Tensor:
+        state = None
+        if capture.mode != "static":
+            state = self.fresh(x.shape[0], True)
+        elif layer == self.gated[0]:
+            capture.open(x.shape[0])
+        out = capture.mlp(layer, x, state)
+        if layer == self.gated[-1]:
+            capture.close()
+            self.state = None
+        return out
+
+    def by_rows(self, layer: int, x: Tensor, scale: Tensor) -> Tensor:
+        """Outside graphs: each row for itself, no host sync. Where rows are not packed all are computed, and nothing is saved."""
+        mlp, soft = self.dense[layer], isinstance(self.gate, SoftGate)
+        packs = self.packs and mlp is not None and x.shape[0] >= PACK_ROWS
+        if packs and mlp is not None:
+            packed = gather_rows(x, scale)
+            out = scatter_rows(mlp.packed(packed.rows, packed.counts[:1]), packed.slot)  # zero in the other rows
+        else:
+            out = self.forward[layer](x)
+        instead = self.standin.rows(layer, x)
+        if packs and instead is None and not soft:
+            return out
+        weight = scale.unsqueeze(-1).to(out.dtype)
+        other = torch.zeros_like(out[:1]) if instead is None else instead.to(out.dtype)
+        mixed = torch.where(weight == 0, other, out)
+        if not soft:
+            return mixed
+        return torch.where((weight == 0) | (weight == 1), mixed, weight * out + (1 - weight) * other)
+
+    # From outside -----------------------------------------------------------------------------------------------
+
+    def add_up(self) -> None:
+        """Bring the counters up to date: on the device only what ran is counted."""
+        if self.capture is None:
+            return
+        graphs, rows, before = self.capture.ran.tolist(), self.ran.tolist(), 0
+        latches = self.capture.mode in ("probes", "static")
+        for place, layer in enumerate(self.gated):
+            skipped = max(0, self.counters.tokens - rows[place] - graphs[self.capture.point(layer)])
+            self.counters.skipped[layer] = skipped
+            self.counters.exits[layer] = max(0, skipped - before) if latches else skipped
+            before = skipped
+
+    def status(self) -> dict[str, Any]:
+        torch.cuda.synchronize(self.device)
+        self.add_up()
+        mode = None if self.capture is None else self.capture.mode
+        return super().status() | {"mode": mode, "packs": self.packs}
+
+    def reset(self) -> None:
+        super().reset()
+        self.ran.zero_()
+        if self.capture is not None:
+            self.capture.ran.zero_()
