@@ -11,14 +11,13 @@ LAYERS   ?= 7,14,21
 DATA_DIR ?= sedac_data
 ARGS     ?=
 
-.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu soak clean
+.PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu clean
 
 help:
 	@echo "make demo      the whole pipeline on the built-in model"
 	@echo "make test      the test suite          make lint types   style and types"
 	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
 	@echo "make bench bench-cpu   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
-	@echo "make soak      10,000 requests against sedac serve: memory, stuck requests, counters"
 	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -62,9 +61,6 @@ bench: bench-cpu
 
 bench-cpu: setup
 	$(BIN)/python benchmarks/cpu.py --out benchmarks/results/cpu.json $(ARGS)
-
-soak: setup
-	$(BIN)/python benchmarks/serve_soak.py --out benchmarks/results/serve_soak.json $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
