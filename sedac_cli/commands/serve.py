@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import replace
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from sedac_cli.commands._common import option, sedac_command
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output, on_interrupt
 from sedac_cli.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from sedac_cli.serve.limits import Limits
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -66,8 +70,8 @@ def serve(
 
 
 def serve_eager(
-    out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: object,
-    limits: object,
+    out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: socket.socket,
+    limits: Limits,
 ) -> None:  # fmt: skip
     """Serve with the eager engine. Another engine is another such function, chosen by `serve`."""
     from sedac_cli.models import load_model
@@ -78,8 +82,8 @@ def serve_eager(
 
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
-    served = make_served(loaded, plan, gate, limits, name)  # type: ignore[arg-type]
-    host, port = listener.getsockname()[:2]  # type: ignore[attr-defined]
+    served = make_served(loaded, plan, gate, limits, name)
+    host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def ready() -> None:
@@ -89,5 +93,5 @@ def serve_eager(
             out.note("note: this address can be reached from other machines and there is no --api-key")
 
     on_interrupt(None)
-    run(make_app(served, api_key), listener, limits, ready, served.engine.abort)  # type: ignore[arg-type]
+    run(make_app(served, api_key), listener, limits, ready, served.engine.abort)
     out.note("stopped")
