@@ -20,6 +20,7 @@ _LAZY = {
     "load_model": "sedac_cli.models",
     "build_gate": "sedac_cli.gates.registry",
     "skipping": "sedac_cli.runtime.skip",
+    "speculate": "sedac_cli.runtime.speculate",
 }
 
 __all__ = ["__version__", *_LAZY]
