@@ -10,6 +10,8 @@ MODEL    ?= builtin:tiny
 DATASET  ?= builtin:books
 LAYERS   ?= 7,14,21
 DATA_DIR ?= sedac_data
+MATRIX   ?= builtin:speed
+BENCH_DIR ?= sedac_bench
 ARGS     ?=
 
 .PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu bench-decide vllm-env vllm-test clean
@@ -18,7 +20,8 @@ help:
 	@echo "make demo      the whole pipeline on the built-in model"
 	@echo "make test      the test suite          make lint types   style and types"
 	@echo "make collect train-probes calibrate validate   one step each (MODEL= DATASET= LAYERS= DATA_DIR= ARGS=)"
-	@echo "make bench bench-cpu bench-decide   measured speed, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
+	@echo "make bench     speed and quality beside dense (MATRIX=builtin:speed, quality, gates, speculation or FILE.json)"
+	@echo "make bench-cpu bench-decide   what sedac itself costs, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
 	@echo "make vllm-env vllm-test   vLLM for the CPU in its own environment (3.5 GB), and the tests that run it"
 	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
 
@@ -75,7 +78,8 @@ calibrate: setup
 validate: setup
 	$(SEDAC) validate --model $(MODEL) --dataset $(DATASET) --data-dir $(DATA_DIR) $(ARGS)
 
-bench: bench-cpu
+bench: setup
+	$(SEDAC) bench --matrix $(MATRIX) --save-dir $(BENCH_DIR) $(ARGS)
 
 bench-cpu: setup
 	$(BIN)/python benchmarks/cpu.py --out benchmarks/results/cpu.json $(ARGS)

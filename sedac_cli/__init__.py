@@ -23,6 +23,7 @@ _LAZY = {
     "create_sedac_engine": "sedac_cli.engine",
     "create_pipeline": "sedac_cli.engine",
     "DeepThinking": "sedac_cli.gates.deep",
+    "speculate": "sedac_cli.runtime.speculate",
 }
 
 __all__ = ["__version__", *_LAZY]

@@ -94,7 +94,8 @@ def generate(
     width = inputs["input_ids"].shape[1]
     check_room(loaded, width, options.max_new_tokens)
     torch.manual_seed(options.seed)
-    sampling: dict[str, Any] = {"do_sample": options.temperature > 0}
+    # A model that was saved after training may have its cache switched off: every step would compute the whole text.
+    sampling: dict[str, Any] = {"do_sample": options.temperature > 0, "use_cache": True}
     if options.temperature > 0:
         sampling |= {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     if options.ignore_eos:

@@ -95,6 +95,18 @@ def test_dense_is_the_stock_model(bench, tiny, monkeypatch):
     assert set(seen) == {(True, False), (False, True)}
 
 
+def test_dense_keeps_its_cache(tiny, monkeypatch):
+    """A model may be saved with its cache off; a baseline that computes the whole text at every step would flatter all else."""
+    monkeypatch.setattr(tiny.model.generation_config, "use_cache", False)
+    seen = []
+    handle = tiny.decoder.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
+    try:
+        run = EagerSession(tiny, None).run(["the sea was grey"], 5)
+    finally:
+        handle.remove()
+    assert seen == [run.prompt_tokens, 1, 1, 1, 1]
+
+
 def test_runs_alternate(bench, monkeypatch):
     order = []
     original = EagerSession.run

@@ -33,11 +33,13 @@ def test_the_form_of_the_earlier_versions():
 
 
 @pytest.mark.parametrize("name", ["speed", "quality", "gates", "speculation"])
-def test_ready_matrices(name):
+def test_ready_matrices(name, builtin):
     matrix = read_matrix(f"builtin:{name}")
     assert matrix.base_model == "builtin:tiny"
     assert matrix.experiments[0].is_baseline
     assert name in ready_matrices()
+    for experiment in matrix.experiments:
+        assert plan_of(experiment, builtin.decoder, builtin.identity, 0).gate.num_layers == 28
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,14 @@ def test_never_is_the_stock_model(tiny, prompt):
     assert (result.skip_ratio, result.skip_ratio_decode, result.average_exit_layer) == (0.0, 0.0, 4.0)
 
 
+def test_a_model_saved_with_its_cache_off_uses_it(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.model.generation_config, "use_cache", False)
+    seen = []
+    gate = build_gate("always:2", tiny.decoder)
+    result = generate(tiny, gate, [PROMPTS[0]], GREEDY, on_pass=lambda done: seen.append(done.skipped.shape[1]))
+    assert seen == [result.prompt_tokens] + [1] * 11
+
+
 def test_never_is_the_stock_model_of_the_built_in_one(builtin):
     prompt = "The sea was"
     result = generate(builtin, build_gate("never", builtin.decoder), [prompt], GenerateOptions(max_new_tokens=12))

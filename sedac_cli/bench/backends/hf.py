@@ -156,7 +156,7 @@ class EagerSession:
             meter = stack.enter_context(Meter(loaded.device))
             began = time.perf_counter()
             out = loaded.model.generate(
-                **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None,
+                **inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, use_cache=True,
                 pad_token_id=loaded.tokenizer.pad_token_id, streamer=stamps,
             )  # fmt: skip
             ended = time.perf_counter()
