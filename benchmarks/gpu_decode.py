@@ -32,6 +32,7 @@ from sedac_cli.gpu.decode import (  # noqa: E402
     rms_norm,
     rotate_and_store,
 )
+from sedac_cli.gpu.packed import PackedMlp  # noqa: E402
 from sedac_cli.gpu.probe import RouterWeights  # noqa: E402
 from sedac_cli.gpu.skinny import skinny_gated, skinny_linear  # noqa: E402
 
@@ -155,6 +156,39 @@ def chain(bench: Bench, rows: int, places: int) -> None:
     bench.report(f"{layers} layers, {rows} rows, {places} places", samples, bench.read_floor(mlp + rest), "", None)
 
 
+def prefill(bench: Bench, rows: int = 4096) -> None:
+    """The MLP of a prompt pass: dense, and packed with 0 to 100 % of the rows skipping; microseconds."""
+
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            make = {"bias": False, "device": "cuda", "dtype": torch.bfloat16}
+            self.gate_proj, self.up_proj = (torch.nn.Linear(HIDDEN, WIDE, **make) for _ in range(2))
+            self.down_proj = torch.nn.Linear(WIDE, HIDDEN, **make)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    mlp = Mlp()
+    packed = PackedMlp.of(mlp, "silu")
+    assert packed is not None
+    x = buffers((rows, HIDDEN))[0]
+    works = {"dense": [lambda: mlp(x)]}
+    for share in (0, 25, 50, 75, 100):
+        leave = torch.rand(rows, device="cuda").argsort().argsort() < rows * share // 100
+        works[f"{share} % skip"] = [lambda leave=leave: packed(x, leave)]
+        kept = ~leave
+        gap = (packed(x, leave)[kept].float() - mlp(x)[kept].float()).abs().max() if share < 100 else 0.0
+        print(f"  packed against dense at {share} %: largest difference {float(gap):.4f}", flush=True)
+    samples = bench.measure(works)
+    middle = {name: sorted(taken)[len(taken) // 2] for name, taken in samples.items()}
+    print("  " + ", ".join(f"{name} {t:.0f} us ({middle['dense'] / t:.2f}x)" for name, t in middle.items()), flush=True)
+    bench.report(
+        f"prefill MLP, {rows} rows, half skip", {"ours": samples["50 % skip"], **samples}, None, "dense / ours >= 1.7",
+        lambda t: middle["dense"] / t >= 1.7,
+    )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_decode.json")
@@ -176,6 +210,7 @@ def main() -> int:
         glue(bench, rows, places)
     for rows, places in ((1, 512), (1, 4096), (8, 512)):
         chain(bench, rows, places)
+    prefill(bench)
     table(bench)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cupy": cupy.__version__}
     facts = {"machine": machine, "copy_gb_per_s": bench.bandwidth, "read_gb_per_s": bench.read_bandwidth}

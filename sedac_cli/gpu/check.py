@@ -48,6 +48,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         for act in (1, 2, 3) if gated else (0, 1):
             for per_block, loop in product((1,) if gated else (1, 2), (False, True)):
                 yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop)
+    for t, act in product(range(3), (1, 2, 3)):
+        yield "activate", {"T": t, "ACT": act}
     for t in range(3):
         yield "decode", {"T": t, "ENTRY": 1}
         yield "decode", {"T": t, "ENTRY": 2}
@@ -112,7 +114,9 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
-    parser.add_argument("--only", help="one family: entropy, probe, router, route, conditional, skinny, decode")
+    parser.add_argument(
+        "--only", help="one family: entropy, probe, router, route, conditional, skinny, decode, activate"
+    )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:

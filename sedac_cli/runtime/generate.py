@@ -108,7 +108,7 @@ def generate(
         began = time.perf_counter()
         out = loaded.model.generate(
             **inputs, max_new_tokens=options.max_new_tokens, pad_token_id=loaded.tokenizer.pad_token_id,
-            use_cache=True, **sampling,
+            **sampling,
         )  # fmt: skip
         if out.is_cuda:
             torch.cuda.synchronize()

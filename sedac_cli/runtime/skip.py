@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
+from sedac_cli.runtime.on_device import PACK_FROM, OnDevice
 from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.structure import RESIDUAL, Branch, Decoder, find_decoder
@@ -237,8 +238,8 @@ class _Installed:
         self.saved.append((module, module.__dict__.get("forward")))
         module.forward = functools.update_wrapper(forward, module.forward)  # type: ignore[method-assign, assignment]
 
-    def active_rows(self, layer: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(indices of rows to run, scale), or None when every row runs unscaled and the MLP is left alone."""
+    def decided(self, layer: int, flat: Tensor) -> Tensor | None:
+        """The scale of each row, decided and counted without a wait; None when nothing is to be decided."""
         state = self.state
         if state is None:
             return None
@@ -253,10 +254,18 @@ class _Installed:
         self.skipped[layer] += skips.sum()
         assert self.counts is not None
         self.counts += skips
-        if bool((state.scale == 1).all()):
-            return None
-        scale = state.scale.to(flat.device)
-        return torch.nonzero(scale).squeeze(-1), scale
+        return state.scale.to(flat.device)
+
+    def active_rows(self, layer: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(indices of rows to run, scale), or None when every row runs unscaled and the MLP is left alone."""
+        scale = self.decided(layer, flat)
+        return None if scale is None else _active(scale)
+
+
+def _active(scale: Tensor) -> tuple[Tensor, Tensor] | None:
+    if bool((scale == 1).all()):
+        return None
+    return torch.nonzero(scale).squeeze(-1), scale
 
 
 _OUTPUTS: dict[type[nn.Module], int] = {}
@@ -274,6 +283,11 @@ class _Packed:
         if not _is_routed(branch.entry):
             _OUTPUTS[self.kind] = 0
         self.pending: tuple[Tensor, Tensor, Tensor] | None = None
+        self.branch = branch
+
+    @functools.cached_property
+    def on_device(self) -> OnDevice | None:
+        return None if self.adds_residual else OnDevice.of(self.branch, self.installed.gate, self.installed.standin)
 
     def whole(self, original: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(original)
@@ -291,7 +305,10 @@ class _Packed:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs[first]
             flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-            plan = self.installed.active_rows(self.layer, flat)
+            scale = self.installed.decided(self.layer, flat)
+            if scale is not None and flat.is_cuda and flat.shape[0] >= PACK_FROM and self.on_device is not None:
+                return self.on_device(flat, scale == 0).view(x.shape)
+            plan = None if scale is None else _active(scale)
             if plan is None:
                 out, others = run(None, lead, args, kwargs)
                 return (out, *others) if others else out

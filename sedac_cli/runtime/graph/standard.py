@@ -122,7 +122,7 @@ def _layer(module: Any, index: int, rotary: int, window: int) -> Layer:
         gate=gate,
         up=up,
         mlp_biases=biases,
-        activation=_activation(mlp),
+        activation=activation_of(mlp),
         down=_linear(_part(mlp, "down_proj", "MLP")),
     )
 
@@ -195,7 +195,7 @@ def _gate_up(mlp: Any) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     return (*both.weights, None if first is None or second is None else (first, second))  # type: ignore[return-value]
 
 
-def _activation(mlp: Any) -> str:
+def activation_of(mlp: Any) -> str:
     function = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
     if function is None:
         raise NotStandardError("its MLP names no activation")

@@ -1,0 +1,80 @@
+"""A gated MLP, and its stand-in, on packed rows whose number only the device knows: prefill without a host sync.
+
+Rows are split by the decision; the MLP runs over those that stay and the stand-in over the others, each by grouped matrix
+products that end at a count in device memory; then rows go back to their places.
+
+    mlp = PackedMlp.of(layer.mlp)               # None: not two plain matrices in bfloat16 and a down projection
+    y = mlp(x, leave)                           # [N, H]; zero where leave, without a stand-in
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sedac_cli.gpu.compile import I32, kind, launch
+from sedac_cli.gpu.route import route_merge, route_split, scatter_rows
+from sedac_cli.gpu.skinny import ACTIVATIONS
+from sedac_cli.gpu.tensors import flat
+
+Pair = tuple[Tensor, Tensor, Tensor | None]
+"""A stand-in as (a [r, H], b [H, r], bias [H])."""
+
+
+@dataclass(frozen=True)
+class PackedMlp:
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    activation: str
+
+    @classmethod
+    def of(cls, mlp: nn.Module, activation: str) -> PackedMlp | None:
+        """From `gate_proj`, `up_proj`, `down_proj`: grouped products exist for bfloat16, without biases."""
+        parts = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        for part in parts:
+            if type(part) is not nn.Linear or part.bias is not None or part.weight.dtype != torch.bfloat16:
+                return None
+            if part.in_features % 8 or part.out_features % 8 or not part.weight.is_cuda:
+                return None
+        gate, up, down = (part.weight for part in parts if part is not None)
+        return cls(gate, up, down, activation)
+
+    def __call__(self, x: Tensor, leave: Tensor, standin: Pair | None = None) -> Tensor:
+        """[N, H] rows; `leave` [N] bool."""
+        routed = route_split(x, leave)
+        stay, go = routed.counts[0:1], routed.counts[1:2]
+        z = activate_rows(
+            grouped(routed.active, self.gate, stay), grouped(routed.active, self.up, stay), self.activation, stay
+        )
+        y = grouped(z, self.down, stay)
+        if standin is None:
+            return scatter_rows(y, routed.slot)
+        a, b, bias = standin
+        other = grouped(torch.nn.functional.silu(grouped(routed.exit, a, go)), b, go)
+        return route_merge(y, other if bias is None else other + bias, routed.slot)
+
+
+def grouped(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
+    """rows @ weight.T for the first `count` rows; what lies behind them is undefined, in and out."""
+    multiply: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    return multiply(rows, weight.t().unsqueeze(0), offs=count)
+
+
+def activate_rows(gate: Tensor, up: Tensor, activation: str, count: Tensor) -> Tensor:
+    """act(gate) * up for the first `count` rows, each product rounded as separate layers would."""
+    rows, width = gate.shape
+    if width % 8 or gate.shape != up.shape or not gate.is_contiguous() or not up.is_contiguous():
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)}: dense, alike, a width divisible by 8")
+    out = torch.empty_like(gate)
+    if rows:
+        slices = max(1, min(8, width // 4096))
+        launch(
+            "activate", "activate", {"T": kind(gate, "gate"), "ACT": ACTIVATIONS[activation]}, gate.device,
+            grid=(rows, slices), threads=256,
+            args=[gate, up, out, I32(width), flat(count, "count", 1, gate.device, torch.int32)],
+        )  # fmt: skip
+    return out

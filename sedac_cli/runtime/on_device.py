@@ -1,0 +1,51 @@
+"""Many rows on a GPU: packed, run and put back there, while the host is already at the next layer.
+
+Where an MLP is not of the kind that grouped products can run (quantized, with biases, experts), or a gate blends, the host
+packs the rows as everywhere else.
+
+    work = OnDevice.of(branch, gate, standin)       # or None
+    y = work(x, leave)                              # [rows, hidden]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from sedac_cli.gates.base import Gate
+from sedac_cli.gates.soft import SoftGate
+from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+from sedac_cli.structure import Branch
+
+PACK_FROM = 512
+"""Rows from which a GPU packs them itself (grouped products that end at a count on the device): nobody waits for the host."""
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    mlp: Any
+    standin: LowRank | None
+
+    @classmethod
+    def of(cls, branch: Branch, gate: Gate, standin: StandIn) -> OnDevice | None:
+        module = standin.by_layer.get(branch.layer) if isinstance(standin, LowRankStandIns) else None
+        known = isinstance(standin, ZeroStandIn | LowRankStandIns) and (module is None or module.rank % 8 == 0)
+        if not known or isinstance(gate, SoftGate) or branch.entry is not branch.exit:
+            return None
+        from sedac_cli.gpu.packed import PackedMlp
+        from sedac_cli.runtime.graph.standard import NotStandardError, activation_of
+
+        try:
+            mlp = PackedMlp.of(branch.entry, activation_of(branch.entry))
+        except NotStandardError:
+            return None
+        return None if mlp is None else cls(mlp, module)
+
+    def __call__(self, x: Tensor, leave: Tensor) -> Tensor:
+        pair = None
+        if self.standin is not None:
+            pair = tuple(p.detach().to(x) for p in (self.standin.a, self.standin.b, self.standin.bias))
+        return self.mlp(x, leave, pair)
