@@ -15,7 +15,7 @@ TIMEOUT = 3.0
 
 def is_hub_ref(ref: str) -> bool:
     """A model or data set that is neither built in nor a path."""
-    return not (ref.startswith(("builtin:", ".", "/", "~")) or Path(ref).exists())
+    return not (ref.startswith(("builtin:", "shape:", ".", "/", "~")) or Path(ref).exists())
 
 
 def hub_error() -> str | None:

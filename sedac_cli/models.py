@@ -25,6 +25,8 @@ from sedac_cli.structure import Decoder, find_decoder
 log = logging.getLogger("sedac")
 
 BUILTIN = "builtin:"
+SHAPE = "shape:"
+"""Random weights in the shape of a known model: speed can be measured with it, nothing else."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What makes two models the same architecture; read from the text part of the configuration.
@@ -50,8 +52,13 @@ def load_model(spec: ModelSpec | str) -> LoadedModel:
     """Model, tokenizer, named parts and identity; every failure says what to do next."""
     if isinstance(spec, str):
         spec = ModelSpec(ref=spec)
-    path, is_hub = resolve(spec.ref)
     device = pick_device(spec.device)
+    if spec.ref.startswith(SHAPE):
+        from sedac_cli.shapes import shaped_model
+
+        dtype = DTYPES.get(spec.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return shaped_model(spec.ref.removeprefix(SHAPE), device, dtype)
+    path, is_hub = resolve(spec.ref)
     options = _load_options(spec, device)
     model = _from_pretrained("model", path, is_hub, spec, options)
     tokenizer = _from_pretrained("tokenizer", path, is_hub, spec, {})

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from sedac_cli.errors import UsageError
-from sedac_cli.models import LoadedModel, identify
+from sedac_cli.models import SHAPE, LoadedModel, identify
 from sedac_cli.structure import find_decoder
 
-PREFIX = "shape:"
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2.5-0.5b": ("qwen2", {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -67,7 +66,7 @@ def shaped_model(
     model.eval().requires_grad_(False)
     decoder = find_decoder(model)
     tokenizer = _numbers(config.vocab_size)
-    return LoadedModel(model, tokenizer, decoder, identify(PREFIX + name, model, tokenizer, decoder))
+    return LoadedModel(model, tokenizer, decoder, identify(SHAPE + name, model, tokenizer, decoder))
 
 
 def _numbers(vocabulary: int) -> Any:

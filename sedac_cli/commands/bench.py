@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,6 +37,8 @@ def measure(
     draft_tokens: Annotated[int | None, typer.Option("--draft-tokens", min=1, max=64, help="Draft length of lossless modes.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="hf, vllm or openai (any compatible server).")] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="auto, eager or graph; auto takes graph on a GPU.")] = None,
+    shape: Annotated[str | None, typer.Option(
+        "--shape", help="Random weights in the shape of qwen2.5-7b, llama-3.1-8b, ...: speed without weights, said so.")] = None,
     batch: Annotated[str | None, option(WORK, "--batch", help="Batch sizes: 1,8")] = None,
     prompt_lengths: Annotated[str | None, option(WORK, "--prompt-lengths", help="Prompt lengths in tokens: 64,512")] = None,
     new_tokens: Annotated[int | None, option(WORK, "--new-tokens", min=1, help="Tokens generated per prompt.")] = None,
@@ -64,6 +67,13 @@ def measure(
     from sedac_cli.artifacts.files import folder_lock, make_folder
     from sedac_cli.bench.matrix import make_matrix, read_matrix
 
+    if shape is not None:
+        if model.ref:
+            raise UsageError("--shape makes the model: --model does not go with it")
+        model = replace(model, ref=f"shape:{shape}")
+        quality_samples = quality_samples or 0
+        prompts = prompts or "synthetic"
+        out.note(f"{model.ref}: RANDOM weights. Speed is measured, texts and quality mean nothing.")
     changes: dict[str, Any] = {
         "base_model": model.ref or None, "backend": backend, "engine": engine, "new_tokens": new_tokens, "repeats": repeats,
         "warmup": warmup, "dataset": dataset, "split": split, "prompts": prompts, "base_url": url, "requests": requests,
@@ -104,8 +114,6 @@ def measure(
 
 
 def run(out: Output, plan: Matrix, model: ModelSpec, seed: int, save_dir: Path) -> None:
-    from dataclasses import replace
-
     from sedac_cli.bench.backends import open_backend
     from sedac_cli.bench.document import write_document
     from sedac_cli.bench.runner import run_matrix

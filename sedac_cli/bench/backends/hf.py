@@ -197,10 +197,19 @@ class GraphSession:
     def run(self, prompts: list[str], new_tokens: int) -> Run:
         times: list[float] = []
         options = GenerateOptions(max_new_tokens=new_tokens, ignore_eos=True)
+
+        def seen(tokens: torch.Tensor) -> None:
+            """Several steps come at once; each took its share of the time since the last that came."""
+            now, before, steps = time.perf_counter(), times[-1] if times else 0.0, tokens.shape[0]
+            times.extend(before + (now - before) * (i + 1) / steps for i in range(steps)) if times else times.append(
+                now
+            )
+
         with Meter(self.loaded.device) as meter:
             began = time.perf_counter()
-            made = self.engine_object.generate(prompts, options, on_tokens=lambda *_: times.append(time.perf_counter()))
+            made = self.engine_object.generate(prompts, options, on_tokens=seen)
             ended = time.perf_counter()
+        steps = self.engine_object.last
         return Run(
             seconds=ended - began,
             prompt_tokens=made.prompt_tokens,
@@ -211,6 +220,8 @@ class GraphSession:
             itl=gaps(times),
             sequences=len(prompts),
             skip_ratio=made.skip_ratio,
+            skipped_per_layer=((~steps.ran).sum(dim=0) * len(prompts)).tolist(),
+            decided_tokens=steps.steps * len(prompts),
             peak_bytes=meter.peak_bytes,
             joules=meter.joules,
             tokens=[[token.token for token in row] for row in made.tokens],

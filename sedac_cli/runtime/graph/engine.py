@@ -118,6 +118,8 @@ class GraphEngine:
         )
         self.step = self._make_step(fused)
         self.graphs: dict[tuple[Any, int], tuple[Any, Burst]] = {}
+        self.last: Run | None = None
+        """What the last call made, layer by layer."""
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -358,6 +360,7 @@ class GraphEngine:
         done = self.run(
             inputs["input_ids"], inputs["attention_mask"], options, ends, self.loaded.tokenizer.pad_token_id, on_tokens
         )
+        self.last = done
         return describe(self.loaded, done, inputs["attention_mask"], set(ends))
 
 
