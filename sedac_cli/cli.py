@@ -11,6 +11,7 @@ from sedac_cli.commands.distill import distill
 from sedac_cli.commands.doctor import doctor
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.ls import ls
+from sedac_cli.commands.patch import patch
 from sedac_cli.commands.train_probes import train_probes
 from sedac_cli.commands.validate import validate
 
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (collect, train_probes, distill, calibrate, validate, generate, demo, doctor, ls):
+for command in (collect, train_probes, distill, calibrate, validate, generate, patch, demo, doctor, ls):
     app.command(command.__name__.replace("_", "-"), epilog=ENVIRONMENT)(command)
 
 

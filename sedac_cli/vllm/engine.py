@@ -12,11 +12,12 @@ from sedac_cli.vllm import handshake
 from sedac_cli.vllm.plan import ModelShape, artifacts_digest, build_plan
 from sedac_cli.vllm.requests import read_wish
 from sedac_cli.vllm.settings import KEY, Settings, read_settings, settings_of
+from sedac_cli.vllm.switch import Switch
 from sedac_cli.vllm.worker import check_engine
 
 
 @contextmanager
-def settings_for(arguments: Any) -> Iterator[Settings | None]:
+def settings_for(arguments: Any, switch: Switch | None = None) -> Iterator[Settings | None]:
     """Resolve what was asked for, and have the configuration made inside carry it."""
     given = arguments.additional_config
     if given is not None and not isinstance(given, dict):
@@ -28,11 +29,15 @@ def settings_for(arguments: Any) -> Iterator[Settings | None]:
     if isinstance(asked, dict) and "version" in asked:  # configured before: arguments may be used twice
         settings = settings_of({KEY: asked})
     else:
-        settings = read_settings(asked, os.environ)
+        settings = read_settings(asked, os.environ, None if switch is None else switch.settings)
+        if settings is not None and switch is not None:
+            import vllm
+
+            switch.require(vllm.__version__)
         if settings is not None:
             settings = settings.model_copy(update={"artifacts": artifacts_digest(settings)})
-    if settings is not None:
-        given[KEY] = settings.model_dump()
+    # Told to be off, too: a worker that is turned on by its environment must hear of it.
+    given[KEY] = (settings or Settings.model_validate({})).model_dump()
     before, arguments.additional_config = arguments.additional_config, given
     try:
         yield settings
