@@ -85,7 +85,7 @@ def model(tmp_path_factory):
 def server(model, tmp_path_factory):
     from openai import OpenAI
 
-    _, folder, probes, thresholds = model
+    _, folder, probes, _ = model
     log = tmp_path_factory.mktemp("log") / "server.log"
     running = Server(
         log, model=str(folder), gate=f"cascade:{probes}/thresholds.json", settings={"log_every": 5}, control=True,
@@ -120,10 +120,7 @@ def metrics(server) -> dict[str, float]:
     """Every sample of ours."""
     with urllib.request.urlopen(server.facts["url"] + "/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return {
-        name: float(value)
-        for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("sedac_"))
-    }
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line.startswith("sedac_"))}
 
 
 def rpc(server, method, *args):
@@ -181,7 +178,9 @@ def test_a_stricter_threshold_of_a_request(model, server):
     assert complete(server, PROMPTS, sedac_threshold=1e6) == expected(model, True)  # never a looser one
 
 
-@pytest.mark.parametrize("wish", [{"sedac": 7}, {"sedac": "perhaps"}, {"sedac_treshold": 1}, {"sedac_threshold": "low"}])
+@pytest.mark.parametrize(
+    "wish", [{"sedac": 7}, {"sedac": "perhaps"}, {"sedac_treshold": 1}, {"sedac_threshold": "low"}]
+)
 def test_nonsense_is_answered_and_the_server_goes_on(model, server, wish):
     from openai import BadRequestError
     from vllm_helpers import PROMPTS
@@ -263,7 +262,9 @@ def test_hundreds_of_mixed_requests_with_cancellations(model, server):
     status = rpc(server, "sedac_status")["results"][0]
     exits, skipped = status["exits"], status["skipped"]
     assert 0 < sum(exits) < status["tokens"]
-    assert [sum(exits[: layer + 1]) for layer in range(LAYERS)] == skipped  # a latch: who has exited skips from there on
+    assert [
+        sum(exits[: layer + 1]) for layer in range(LAYERS)
+    ] == skipped  # a latch: who has exited skips from there on
     fresh = [[7, 7, 9, 200, 31]]
     assert complete(server, fresh) == expected(model, True, fresh)
 
@@ -272,9 +273,8 @@ def test_a_taken_port_and_nonsense_are_refused_at_once(model):
     from sedac_cli.errors import InputError, UsageError
     from sedac_cli.vllm.serving import ServeOptions, serve_vllm
 
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(InputError, match="cannot listen"):
-            serve_vllm(ServeOptions(str(model[1]), port=taken.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="cannot listen"):
+        serve_vllm(ServeOptions(str(model[1]), port=taken.getsockname()[1]))
     for more, words in (
         ({"gate": "learned:nowhere.pth@0.2"}, "no file"),
         ({"settings": {"colour": 1}}, "colour"),
