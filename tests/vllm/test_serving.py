@@ -36,7 +36,7 @@ sys.exit(code)
 """
 ARGUMENTS = [
     "--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8", "--max-num-batched-tokens", "64",
-    "--gpu-memory-utilization", "0.2", "--enforce-eager", "--seed", "0",
+    "--gpu-memory-utilization", "0.2", "--enforce-eager", "--seed", "0", "--block-size", "32",
 ]  # fmt: skip
 LAYERS = 4
 

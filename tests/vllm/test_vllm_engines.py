@@ -77,7 +77,7 @@ def test_a_compile_cache_of_a_run_without_the_plugin_does_not_disable_it(model, 
 
 
 def cached_graphs(cache: Path) -> set[str]:
-    return {str(path.relative_to(cache)) for path in cache.glob("torch_compile_cache/*") if path.is_dir()}
+    return {str(path.relative_to(cache)) for path in cache.glob("torch_compile_cache/*/*") if path.is_dir()}
 
 
 def test_speculation_prefix_caching_and_chunked_prefill(model):
@@ -87,7 +87,7 @@ def test_speculation_prefix_caching_and_chunked_prefill(model):
     prompts = [motif * 12, [*motif * 12, 5, 6], [*motif * 6, 77], [7]]
     spec = f"cascade:{probes}/thresholds.json"
     found = offline(
-        folder, {"gate": spec}, prompts=prompts, tokens=24, force=(None, None), metrics=True, enable_prefix_caching=True,
+        folder, {"gate": spec}, prompts=prompts, tokens=24, force=(None, None), metrics=True, enable_prefix_caching=True, block_size=32,
         max_num_batched_tokens=32, max_num_seqs=4,
         speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
     )  # fmt: skip
@@ -170,7 +170,7 @@ def test_artifacts_that_do_not_fit_are_refused(model, tmp_path):
         (cascade(tmp_path / "nowhere"), InputError, "no folder"),
         (cascade(probes) | {"probe_layers": [1, 3]}, InputError, "layer3"),
         ({"gate": "always:9"}, UsageError, "always:9"),
-        ({"gate": "entropy"}, UsageError, "output head"),
+        ({"gate": "entropy:mean=4,sd=1,min_exit_layer=1"}, UsageError, "output head"),
         ({"gate": "newest"}, UsageError, "newest"),
     ):
         with pytest.raises(error, match=words):
