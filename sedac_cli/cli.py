@@ -14,6 +14,7 @@ from sedac_cli.commands.doctor import doctor
 from sedac_cli.commands.eval import eval_
 from sedac_cli.commands.generate import generate
 from sedac_cli.commands.ls import ls
+from sedac_cli.commands.patch import patch
 from sedac_cli.commands.report import report
 from sedac_cli.commands.run import run
 from sedac_cli.commands.serve import serve
@@ -40,6 +41,7 @@ for command in (
     chat,
     serve,
     eval_,
+    patch,
     report,
     run,
     demo,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from sedac_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     from sedac_cli.serve.limits import Limits
 
+BACKENDS = ("auto", "vllm", "eager")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -27,6 +29,12 @@ def serve(
     gate: Annotated[
         str, typer.Option("--gate", help="never, always:14, cascade:sedac_data/thresholds.json, learned:FILE.pth@0.25.")
     ] = "never",
+    vllm_options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="Passed on to `vllm serve`.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option("--backend", help="vllm, eager, or auto: vLLM where it is installed.")
+    ] = "auto",
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -52,6 +60,13 @@ def serve(
     """Serve a model with a gate in force: OpenAI's API, /generate, /batch_generate, /health and Prometheus' /metrics."""
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty", hint="leave it out, or give a key")
+    if backend not in BACKENDS:
+        raise UsageError(f"--backend: '{backend}' is not known", hint=", ".join(BACKENDS))
+    if backend == "vllm" or (backend == "auto" and importlib.util.find_spec("vllm") is not None):
+        serve_with_vllm(out, model, gate, api_key, served_name, host, port, grace, tuple(vllm_options or ()))
+        return
+    if vllm_options:
+        raise UsageError(f"{' '.join(vllm_options)}: options of vLLM, which does not serve here", hint="--backend vllm")
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -67,6 +82,52 @@ def serve(
     )  # fmt: skip
     listener = bind(host, port)
     serve_eager(out, model, gate, seed, api_key, served_name, listener, limits)
+
+
+def serve_with_vllm(
+    out: Output, model: ModelSpec, gate: str, api_key: str | None, name: str | None, host: str, port: int, grace: float,
+    arguments: tuple[str, ...],
+) -> None:  # fmt: skip
+    """vLLM's own server with the plugin on; limits and metrics are vLLM's."""
+    from sedac_cli.models import resolve
+    from sedac_cli.vllm.serving import Served, ServeOptions, serve_vllm
+
+    if model.dtype != "auto":
+        arguments = ("--dtype", model.dtype, *arguments)
+    if model.revision:
+        arguments = ("--revision", model.revision, *arguments)
+    if model.trust_remote_code:
+        arguments = ("--trust-remote-code", *arguments)
+    path, _ = resolve(model.ref)
+    options = ServeOptions(
+        path,
+        gate,
+        host=host,
+        port=port,
+        api_key=api_key,
+        served_name=name or model.ref,
+        arguments=arguments,
+        grace=grace,
+    )
+
+    def ready(served: Served) -> None:
+        out.result(
+            {
+                "url": served.url,
+                "model": name or model.ref,
+                "gate": gate,
+                "vllm": served.vllm,
+                "workers": served.workers,
+            }
+        )
+        out.note(
+            f"serving {name or model.ref} with gate {gate} on {served.url} (vLLM {served.vllm}, {len(served.workers)} workers "
+            "have the gate); Ctrl-C stops"
+        )
+
+    on_interrupt(None)
+    if code := serve_vllm(options, ready, out.note):
+        raise typer.Exit(code)
 
 
 def serve_eager(

@@ -10,13 +10,14 @@ from typing import Any
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.vllm import handshake
 from sedac_cli.vllm.plan import ModelShape, artifacts_digest, build_plan
-from sedac_cli.vllm.requests import read_wish
+from sedac_cli.vllm.requests import DEFAULT, read_wish
 from sedac_cli.vllm.settings import KEY, Settings, read_settings, settings_of
+from sedac_cli.vllm.switch import Switch
 from sedac_cli.vllm.worker import check_engine
 
 
 @contextmanager
-def settings_for(arguments: Any) -> Iterator[Settings | None]:
+def settings_for(arguments: Any, switch: Switch | None = None) -> Iterator[Settings | None]:
     """Resolve what was asked for, and have the configuration made inside carry it."""
     given = arguments.additional_config
     if given is not None and not isinstance(given, dict):
@@ -28,11 +29,15 @@ def settings_for(arguments: Any) -> Iterator[Settings | None]:
     if isinstance(asked, dict) and "version" in asked:  # configured before: arguments may be used twice
         settings = settings_of({KEY: asked})
     else:
-        settings = read_settings(asked, os.environ)
+        settings = read_settings(asked, os.environ, None if switch is None else switch.settings)
+        if settings is not None and switch is not None:
+            import vllm
+
+            switch.require(vllm.__version__)
         if settings is not None:
             settings = settings.model_copy(update={"artifacts": artifacts_digest(settings)})
-    if settings is not None:
-        given[KEY] = settings.model_dump()
+    # Told to be off, too: a worker that is turned on by its environment must hear of it.
+    given[KEY] = (settings or Settings.model_validate({})).model_dump()
     before, arguments.additional_config = arguments.additional_config, given
     try:
         yield settings
@@ -54,7 +59,7 @@ def check(config: Any, settings: Settings) -> None:
         custom = config.compilation_config.custom_ops
         if f"+{fused}" not in custom and f"-{fused}" not in custom:
             custom.append(f"+{fused}")
-    refuse_nonsense_in_requests()
+    watch_requests()
     handshake.report(
         "engine",
         {
@@ -64,8 +69,10 @@ def check(config: Any, settings: Settings) -> None:
     )  # fmt: skip
 
 
-def refuse_nonsense_in_requests() -> None:
-    """A request whose `sedac` arguments make no sense is answered with an error; the engine goes on."""
+def watch_requests() -> None:
+    """A request whose `sedac` arguments make no sense is answered with an error, and the engine goes on. One with wishes of its
+    own shares cached prefixes only with those that wish the same: keys and values made under skipping are not a dense model's."""
+    from vllm.exceptions import VLLMValidationError  # any other error is the server's fault, and the answer a 500
     from vllm.v1.engine.input_processor import InputProcessor
 
     original = InputProcessor.process_inputs
@@ -73,14 +80,18 @@ def refuse_nonsense_in_requests() -> None:
         return
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wish = DEFAULT
         for value in (*args, *kwargs.values()):
             extra = getattr(value, "extra_args", None)
             if extra:
                 try:
-                    read_wish(extra)
+                    wish = read_wish(extra)
                 except UsageError as error:
-                    raise ValueError(error.message) from None
-        return original(self, *args, **kwargs)
+                    raise VLLMValidationError(error.message) from None
+        request = original(self, *args, **kwargs)
+        if wish != DEFAULT:
+            request.cache_salt = f"{request.cache_salt or ''}|sedac {wish}"
+        return request
 
     process_inputs.sedac = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs

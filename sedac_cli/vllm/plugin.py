@@ -2,16 +2,23 @@
 
 Two functions of vLLM are wrapped, and both only look whether a gate is asked for: where an engine is configured (the settings
 go into additional_config, and are refused there if they make no sense), and where a worker is made (it gates the model it will
-load). Without `SEDAC_ENABLED=1` and without "sedac" in additional_config they pass everything through as it is.
+load). Without `SEDAC_ENABLED=1`, without "sedac" in additional_config and without the settings file that `sedac patch` leaves,
+they pass everything through as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sedac_cli.vllm.switch import Switch
 
 KEY = "sedac"
+VARIABLE = "SEDAC_ENABLED"
 
 
 def register() -> None:
@@ -22,6 +29,10 @@ def register() -> None:
         EngineArgs.create_engine_config = _configuring(EngineArgs.create_engine_config)
     if not hasattr(WorkerBase.__init__, "sedac"):
         WorkerBase.__init__ = _making(WorkerBase.__init__)
+    if os.environ.get("SEDAC_HANDSHAKE_DIR"):
+        from sedac_cli.vllm import handshake
+
+        handshake.report("process", {"pid": os.getpid(), "command": " ".join(sys.argv[:2])})
 
 
 def _configuring(original: Any) -> Any:
@@ -31,7 +42,7 @@ def _configuring(original: Any) -> Any:
             return original(self, *args, **kwargs)
         from sedac_cli.vllm import engine
 
-        with engine.settings_for(self) as settings:
+        with engine.settings_for(self, _switch()) as settings:
             config = original(self, *args, **kwargs)
         if settings is not None:
             engine.check(config, settings)
@@ -53,7 +64,7 @@ def _making(original: Any) -> Any:
 
         if not _has_key(vllm_config.additional_config):
             raise InputError(
-                "SEDAC_ENABLED is set here, but the engine was configured without sedac: its compile cache would not know",
+                "sedac is turned on here, but the engine was configured without it: its compile cache would not know",
                 hint="set it where the engine is started, or pass --additional-config '{\"sedac\": {...}}'",
             )
         settings = settings_of(vllm_config.additional_config)
@@ -70,10 +81,15 @@ def _has_key(additional_config: Any) -> bool:
 
 def _asked(additional_config: Any) -> bool:
     """Cheap: nothing of ours is imported unless it is needed."""
-    return _has_key(additional_config) or os.environ.get("SEDAC_ENABLED", "0").strip().lower() not in (
-        "0",
-        "",
-        "false",
-        "no",
-        "off",
-    )
+    if _has_key(additional_config):
+        return True
+    if VARIABLE in os.environ:
+        return os.environ[VARIABLE].strip().lower() not in ("0", "", "false", "no", "off")
+    return _switch() is not None
+
+
+def _switch() -> Switch | None:
+    """What `sedac patch` has left in this environment."""
+    from sedac_cli.vllm.switch import read_switch
+
+    return read_switch(Path(sys.prefix))

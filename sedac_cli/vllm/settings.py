@@ -86,9 +86,12 @@ OWN = frozenset({"given", "version", "artifacts"})
 NAMES = [name for name in Settings.model_fields if name not in OWN]
 
 
-def read_settings(asked: Mapping[str, Any] | None, environment: Mapping[str, str]) -> Settings | None:
-    """The settings of a run, or None if no gate is asked for. `asked` is what additional_config holds under "sedac"."""
-    values: dict[str, Any] = {}
+def read_settings(
+    asked: Mapping[str, Any] | None, environment: Mapping[str, str], switched: Mapping[str, Any] | None = None
+) -> Settings | None:
+    """The settings of a run, or None if no gate is asked for. `asked` is what additional_config holds under "sedac",
+    `switched` what `sedac patch` left in this Python environment."""
+    values: dict[str, Any] = {} if switched is None else {"enabled": True, **switched}
     for name in NAMES:
         variable = "SEDAC_" + name.upper()
         if variable in environment:

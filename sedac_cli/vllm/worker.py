@@ -13,6 +13,7 @@ import torch
 
 from sedac_cli.errors import InputError, SedacError
 from sedac_cli.vllm import handshake
+from sedac_cli.vllm.metrics import Reporter
 from sedac_cli.vllm.plan import ModelShape, build_plan
 from sedac_cli.vllm.runner import attach
 from sedac_cli.vllm.session import Session, carries_state
@@ -65,6 +66,11 @@ def gate_model(worker: Any, settings: Settings) -> Session:
         "sedac %s: gate %s, %d of %d MLPs can be skipped (%s, %s runner), settings %s",
         settings.version, plan.gate.name, len(session.gated), shape.num_layers, session.kind, session.runner, settings.digest,
     )  # fmt: skip
+    parallel = config.parallel_config
+    rank = worker.rank + getattr(parallel, "data_parallel_rank", 0) * parallel.world_size
+    tensor = worker.rank % parallel.tensor_parallel_size
+    first_stage = worker.rank // parallel.tensor_parallel_size % parallel.pipeline_parallel_size == 0
+    Reporter(session, rank, counts=tensor == 0, first_stage=first_stage).start()
     handshake.report("worker", status(session=session, rank=worker.rank))
     return session
 

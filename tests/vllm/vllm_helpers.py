@@ -7,6 +7,7 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_NO_USAGE_STATS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR",
+    SEDAC_ENABLED="0",  # whatever `sedac patch` has left in this environment
 )  # fmt: skip
 
 import gc

@@ -1,0 +1,27 @@
+"""One vLLM engine in a process of its own, driven as a user drives it: `python offline.py JSON`, answer in JSON on the last line."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def main(options: dict) -> dict:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**options["engine"])
+    sampling = SamplingParams(max_tokens=options.get("tokens", 8), temperature=0, ignore_eos=True, detokenize=False)
+    rounds = []
+    for off in options.get("force", [None]):
+        if off is not None:
+            llm.collective_rpc("sedac_force", args=(off,))
+        done = llm.generate([{"prompt_token_ids": p} for p in options["prompts"]], sampling, use_tqdm=False)
+        rounds.append([list(r.outputs[0].token_ids) for r in done])
+    status = llm.collective_rpc("sedac_status") if options.get("gated", True) else None
+    spent = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")} if options.get("metrics") else {}
+    llm.llm_engine.engine_core.shutdown()
+    return {"rounds": rounds, "status": status, "metrics": spent}
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(json.loads(sys.argv[1]))))
