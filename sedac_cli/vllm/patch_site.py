@@ -165,7 +165,8 @@ def turn_off(site: Site) -> list[Path]:
                 f"cannot delete {path}: {error.strerror}", hint="run it as the owner of that file"
             ) from None
         gone.append(path)
-        for folder in (path.parent, path.parent.parent):  # PREFIX/etc too, if it was only ours
+        ours = [path.parent] if path == user_place(site.prefix) else [path.parent, path.parent.parent]
+        for folder in ours:  # PREFIX/etc too, if nothing else is in it
             with contextlib.suppress(OSError):
                 folder.rmdir()
     return gone
