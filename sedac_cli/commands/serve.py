@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
@@ -62,7 +61,9 @@ def serve(
         raise UsageError("--api-key is empty", hint="leave it out, or give a key")
     if backend not in BACKENDS:
         raise UsageError(f"--backend: '{backend}' is not known", hint=", ".join(BACKENDS))
-    if backend == "vllm" or (backend == "auto" and importlib.util.find_spec("vllm") is not None):
+    from sedac_cli.vllm import installed
+
+    if backend == "vllm" or (backend == "auto" and installed()):
         serve_with_vllm(out, model, gate, api_key, served_name, host, port, grace, tuple(vllm_options or ()))
         return
     if vllm_options:

@@ -4,3 +4,13 @@
 
 `plugin.register` is what vLLM calls in each of its processes; it costs nothing unless a gate is asked for.
 """
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+
+def installed() -> bool:
+    """Whether this interpreter has vLLM: a folder that happens to bear the name does not count."""
+    spec = find_spec("vllm")
+    return spec is not None and spec.origin is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any
 
 from sedac_cli.bench.backends import Cell, Session, offline_cells
@@ -20,13 +19,14 @@ from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.models import resolve
+from sedac_cli.vllm import installed
 
 OWN_DRAFTS = {"ngram": "ngram"}
 """Modes whose drafts vLLM makes itself."""
 
 
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> VLLM:
-    if find_spec("vllm") is None:
+    if not installed():
         raise InputError("vLLM is not installed", hint="pip install 'sedac[vllm]', or --backend hf")
     return VLLM(matrix, model, seed)
 
