@@ -20,7 +20,7 @@ from sedac_cli.gates.simple import AlwaysGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu.conditional import ConditionalGraph, Conditions
 from sedac_cli.gpu.probe import MAX_RANK, ProbeWeights, RouterWeights, probe_risk, router_score
-from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
+from sedac_cli.gpu.skinny import FEW_ROWS
 from sedac_cli.vllm.forced import ForcedGate
 from sedac_cli.vllm.session import is_batch_max
 
@@ -74,7 +74,7 @@ class Capture:
 
     def flagged(self, count: int) -> bool:
         """Whether a pass of so many rows runs under flags rather than in nodes."""
-        return self.session.use_kernels and count <= MAX_SKINNY_ROWS
+        return self.session.use_kernels and count <= FEW_ROWS
 
     def open(self, count: int) -> None:
         """The first site of a pass. All conditions of a whole step are made now, so that one launch can arm many."""

@@ -65,7 +65,7 @@ class DenseMlp:
         return self.reduce(_grouped(self.fused(hidden), self.down, counts))
 
     def few(self, x: Tensor, out: Tensor, need: Tensor) -> None:
-        """Up to 64 rows into `out`, unless the flag is 0: then nothing is read or written."""
+        """A few rows into `out`, unless the flag is 0: then nothing is read or written."""
         from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
 
         inner = self.gate_up.shape[0] // 2

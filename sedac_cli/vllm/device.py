@@ -4,7 +4,7 @@ While vLLM captures a graph (`captured.py`), a layer's MLP becomes one of
 
 - nodes: an IF-ELSE node. Whatever the MLP launches (quantized kernels, all-reduce) is the one body, the stand-in the other.
   The body's own output is what the next layer reads: nothing is cleared or copied when the MLP runs.
-- kernels: for open bf16 weights and up to 64 rows, launches that a flag stops. No node; rounding differs from cuBLAS.
+- kernels: for open bf16 weights and few rows, launches that a flag stops. No node; rounding differs from cuBLAS.
 
 In a graph the MLP runs if any row needs it; rows that would have skipped then get it for free. Steps that no graph covers
 (long prompts) decide row by row: active rows are packed, and a grouped matrix product reads their number on the device.
@@ -46,7 +46,7 @@ class DeviceSession(Session):
         self.use_kernels = settings.mlp == "kernels"
         self.packs = False
         if self.use_kernels:
-            self.kind = "kernels under flags up to 64 rows, conditional nodes"
+            self.kind = "kernels under flags for few rows, conditional nodes"
             self.check_kernels()
         self.capture = Capture(self) if self.gated else None
 

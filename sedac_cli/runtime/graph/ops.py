@@ -1,7 +1,7 @@
 """The operations of a decode step: kernels on a GPU, their plain-torch twins elsewhere.
 
-`few`: rows that the skinny kernels read weights faster for than cuBLAS does (measured on an H200: up to 8). More rows go
-through cuBLAS; a gate then needs conditional nodes, where the kernels just end at once.
+Up to `FEW_ROWS` rows the skinny kernels read weights faster than cuBLAS. More rows go through cuBLAS; a gate then needs
+conditional nodes, where the kernels just end at once.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.entropy import fused_entropy
 from sedac_cli.gpu.reference import Entropy
 from sedac_cli.runtime.graph.standard import Linear, Norm
-
-FEW = 8
 
 
 class Ops(Protocol):
@@ -51,7 +49,7 @@ class Ops(Protocol):
 def make_ops(rows: int, dtype: torch.dtype, device: torch.device) -> Ops:
     if device.type == "cpu":
         return TwinOps()
-    if rows <= FEW and dtype in (torch.float16, torch.bfloat16):
+    if rows <= skinny.FEW_ROWS and dtype in (torch.float16, torch.bfloat16):
         return KernelOps()
     return WideOps()
 
