@@ -54,7 +54,7 @@ $(VLLM_VENV)/.ready: pyproject.toml
 vllm-env: $(VLLM_VENV)/.ready
 
 vllm-test: vllm-env
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/in_vllm $(ARGS)
 
 gpu-test: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)
