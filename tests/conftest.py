@@ -7,8 +7,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,11 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A suite that a shell started in the background is deaf to Ctrl-C, and would hand that on to every program it tests.
+    with contextlib.suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,6 +27,7 @@ from sedac_cli.runtime.graph.capture import captured, memory_said, require_graph
 from sedac_cli.runtime.graph.describe import describe
 from sedac_cli.runtime.graph.fused import FusedStep
 from sedac_cli.runtime.graph.generic import GenericStep
+from sedac_cli.runtime.graph.ops import KernelOps, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
 from sedac_cli.runtime.graph.sampling import Chooser, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, standard_model
@@ -196,8 +197,6 @@ class GraphEngine:
     def ops(self) -> Any:
         if isinstance(self.step, FusedStep):
             return self.step.ops
-        from sedac_cli.runtime.graph.ops import KernelOps, TwinOps
-
         return KernelOps() if self.device.type == "cuda" else TwinOps()
 
     def _graph(
@@ -289,7 +288,7 @@ class GraphEngine:
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        token, _ = make_chooser(options)(logits, _plain_ops(logits))
+        token, _ = make_chooser(options)(logits, TwinOps())
         self._load(ids, mask, prompt, token)
         if ends:
             state_ends = torch.tensor(ends, device=self.device)
@@ -362,12 +361,6 @@ class GraphEngine:
         )
         self.last = done
         return describe(self.loaded, done, inputs["attention_mask"], set(ends))
-
-
-def _plain_ops(logits: Tensor) -> Any:
-    from sedac_cli.runtime.graph.ops import TwinOps
-
-    return TwinOps()
 
 
 def takes(model: Any, name: str) -> bool:
