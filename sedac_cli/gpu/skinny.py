@@ -26,13 +26,16 @@ FEW_ROWS = 8
 WARPS = 16
 STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads. On an H200, 1 x 18944 -> 3584: 8 warps 52 us, 16 warps 37 us, cuBLAS 38 us."""
+X_AHEAD = 2
+"""Steps that the rows of x are asked for ahead, up to 16 rows: a wide x comes from L2, whose latency every step would pay."""
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int, loop: bool) -> dict[str, int]:
     return {
         "T": element, "NT": tiles, "TILES": per_block, "GATED": int(gated), "ACT": act,
-        "STAGES": max(2, STAGES // (2 if gated else per_block)), "WARPS": WARPS, "LOOP": int(loop),
+        "STAGES": max(2, STAGES // (2 if gated else per_block)), "X_AHEAD": X_AHEAD if tiles <= 2 else 0,
+        "WARPS": WARPS, "LOOP": int(loop),
     }  # fmt: skip
 
 
