@@ -98,7 +98,8 @@ def properties(index: int) -> Any:
 
 
 def ptx_of(cupy: Any, text: str, name: str, capability: str) -> bytes:
-    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional."""
+    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional.
+    Those for one chip alone ("90a") go the same way: CuPy compiles for plain capabilities."""
     nvrtc = importlib.import_module("cupy.cuda").nvrtc
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
@@ -129,17 +130,17 @@ def refuse_shape(what: str, grid: Sequence[int], threads: int) -> None:
 def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], index: int, shared: int) -> Any:
     """The kernel, loaded on device `index`, allowed to use `shared` bytes of dynamic shared memory."""
     values = dict(constants)
-    conditional = "SET_CONDITION" in values
+    conditional, chip = "SET_CONDITION" in values, "a" if values.get("WGMMA") else ""
     cupy = require_conditional_nodes() if conditional else require_gpu()
     found = properties(index)
     refuse_in_capture(f"the kernel {family}.{entry} {values}")
     text = source_text(family, values)
     with torch.cuda.device(index), cupy.cuda.Device(index):
         _arena(index)
-        if conditional:
+        if conditional or chip:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{family}.ptx"
-                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}"))
+                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}{chip}"))
                 kernel = cupy.RawModule(path=str(path)).get_function(entry)
                 registers = kernel.num_regs  # asking loads it now, while the file is there and nothing is captured
         else:
