@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 I32, I64, F32 = np.int32, np.int64, np.float32
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
+SHARED_SOURCES = ("primitives.cuh", "common.cuh")
+OWN = {"entropy": ("entropy_state.cuh",)}
 OPTIONS = ("-std=c++17", "-ftz=true")
 MAX_ROWS = 32768
 """Rows (or tiles of rows) one launch may count."""
@@ -40,7 +42,9 @@ _slots: dict[tuple[int, int, bool], int] = {}
 def source_text(family: str, constants: Mapping[str, int]) -> str:
     """The whole translation unit. Constants stand above it, not on the command line, where `-DT=2` would hit CUDA's headers."""
     head = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return head + "".join((SOURCES / name).read_text() for name in ("primitives.cuh", "common.cuh", f"{family}.cu"))
+    return head + "".join(
+        (SOURCES / name).read_text() for name in (*SHARED_SOURCES, *OWN.get(family, ()), f"{family}.cu")
+    )
 
 
 def kind(tensor: Tensor, name: str) -> int:

@@ -259,20 +259,18 @@ class TileShape:
     """Products by warpgroups (sm_90a alone)."""
     cluster: bool = False
     """The blocks of a tile are a cluster, and meet in shared memory."""
-    warp_tiles: int = 2
-    """Without warpgroups: 16-row tiles of a warp."""
     fence: bool = True
 
     @property
     def threads(self) -> int:
-        return 2 * self.size if self.warpgroups else 4 * self.size // self.warp_tiles
+        return 2 * self.size
 
     def shared(self, parts: int, stages: int) -> int:
         """Dynamic shared memory; a warpgroup's tiles start on 1024 bytes."""
         return shared_bytes(self.size, parts, stages) + 1024 * self.warpgroups
 
     def constants(self, parts: int, stages: int) -> dict[str, int]:
-        known = {"ROWS": self.size, "RANKS": 0, "PARTS": parts, "STAGES": stages, "MT": self.warp_tiles}
+        known = {"ROWS": self.size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
         special = {"WGMMA": int(self.warpgroups), "CLUSTER": self.splits * self.cluster, "FENCE": int(self.fence)}
         return known | special | {"EARLY": int(EARLY)}
 

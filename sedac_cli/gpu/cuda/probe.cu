@@ -15,9 +15,6 @@
 #ifndef CLUSTER
 #define CLUSTER 0
 #endif
-#ifndef MT
-#define MT 2
-#endif
 #ifndef FENCE
 #define FENCE 1
 #endif
@@ -200,7 +197,7 @@ __device__ __forceinline__ void project(
   }
 }
 #else
-#define THREADS (WGMMA ? ROWS * 2 : ROWS * 4 / MT)
+#define THREADS (ROWS * 2)
 #define BK 64
 #define STAGE_BYTES ((ROWS + 64 * PARTS) * BK * 2)
 // Rows of 128 bytes in shared memory; 16-byte chunk c of row r lies at c ^ (r % 8), so ldmatrix meets no bank twice.
@@ -296,9 +293,9 @@ __device__ __forceinline__ void project(
     }
 #else
   const int warp_m = tid / 64, warp_n = (tid / 32) % 2;
-  float acc[MT][4][4];
+  float acc[2][4][4];
 #pragma unroll
-  for (int i = 0; i < 16 * MT; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
+  for (int i = 0; i < 32; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
   for (int step = begin; step < end; ++step) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();
@@ -308,10 +305,10 @@ __device__ __forceinline__ void project(
     from = from == (STAGES - 1) * STAGE_BYTES ? 0u : from + STAGE_BYTES;
 #pragma unroll
     for (int kk = 0; kk < BK / 16; ++kk) {
-      u32 a[MT][4];
+      u32 a[2][4];
 #pragma unroll
-      for (int m = 0; m < MT; ++m)
-        load_matrix4(a[m], x + cell(warp_m * 16 * MT + m * 16 + lane % 16, kk * 2 + lane / 16));
+      for (int m = 0; m < 2; ++m)
+        load_matrix4(a[m], x + cell(warp_m * 32 + m * 16 + lane % 16, kk * 2 + lane / 16));
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
 #pragma unroll
@@ -320,7 +317,7 @@ __device__ __forceinline__ void project(
           const int n = part * 64 + warp_n * 32 + pair * 16 + lane % 8 + (lane / 16) * 8;
           load_matrix4(b, w + cell(n, kk * 2 + lane / 8 % 2));
 #pragma unroll
-          for (int m = 0; m < MT; ++m) {
+          for (int m = 0; m < 2; ++m) {
             mma_16x8x16<T>(acc[m][pair * 2], a[m], b[0], b[1]);
             mma_16x8x16<T>(acc[m][pair * 2 + 1], a[m], b[2], b[3]);
           }
@@ -335,12 +332,12 @@ __device__ __forceinline__ void project(
   float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + pair;
 #endif
 #pragma unroll
-  for (int m = 0; m < MT; ++m)
+  for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_m * 16 * MT + m * 16 + lane / 4 + half * 8;
+        const int row = warp_m * 32 + m * 16 + lane / 4 + half * 8;
         const float2 v = make_float2(acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
 #if CLUSTER
         store_shared(base + row * PITCH + (n * 8 + pair) * 4, v);
