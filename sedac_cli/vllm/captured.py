@@ -32,7 +32,8 @@ WARM_ROWS = 1024
 
 
 class Capture:
-    """One per session. `flags[place]` = 1: the MLP runs; `ran[place]`: tokens whose MLP ran, over all replays."""
+    """One per session. `flags[place]` = 1: the MLP runs; `ran[place]`: tokens whose MLP ran, over all replays, and behind them
+    all tokens: what was skipped is their difference, however far the device is behind the host."""
 
     def __init__(self, session: DeviceSession):
         self.session, self.gate = session, session.gate
@@ -41,8 +42,9 @@ class Capture:
         self.place = {layer: i for i, layer in enumerate(gated)}
         self.mode = mode_of(gate)
         self.blends = isinstance(gate, SoftGate)
-        self.flags = torch.ones(len(gated), dtype=torch.int32, device=device)
-        self.ran = torch.zeros(len(gated), dtype=torch.long, device=device)
+        self.all_flags = torch.ones(len(gated) + 1, dtype=torch.int32, device=device)
+        self.flags = self.all_flags[:-1]
+        self.ran = torch.zeros(len(gated) + 1, dtype=torch.long, device=device)
         if self.mode == "probes":
             self.probes = {layer: ProbeWeights.pack(gate.probes[layer], device) for layer in session.looks}
         elif self.mode == "routers":
@@ -94,7 +96,7 @@ class Capture:
         if self.beside:
             torch.cuda.current_stream().wait_stream(self.side)
             self.beside.clear()
-        self.ran += self.flags * self.session.inputs.count
+        self.ran += self.all_flags * self.session.inputs.count
         self.conditions = None
 
     # Deciding ---------------------------------------------------------------------------------------------------
@@ -272,6 +274,11 @@ def mode_of(gate: Any) -> str:
     if isinstance(gate, CascadeGate) and not is_batch_max(gate):
         return "probes" if all(probe.rank <= MAX_RANK for probe in gate.probes.values()) else "torch"
     return "torch"
+
+
+def known_flag(gate: Any, layer: int) -> bool:
+    """What a static gate says, as the host knows it."""
+    return layer < gate.layer if isinstance(gate, AlwaysGate) else gate.on[layer]
 
 
 def _from(conditions: Conditions, place: int) -> Conditions:
