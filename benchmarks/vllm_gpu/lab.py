@@ -222,6 +222,19 @@ class Lab:
                 print(f"  {spec.name}: up in {engine.about['up']:.0f} s", file=sys.stderr, flush=True)
         return [self.alive[spec.name] for spec in specs]
 
+    def those_that_start(self, specs: Sequence[Spec]) -> list[Engine]:
+        """An engine that does not come up is a problem of its own: the others are measured without it."""
+        try:
+            return self.engines(specs)
+        except FailedError:
+            found = []
+            for spec in specs:
+                try:
+                    found.append(self.engine(spec))
+                except FailedError as error:
+                    self.problem(f"left out: {error}")
+            return found
+
     def engine(self, spec: Spec) -> Engine:
         return self.engines([spec])[0]
 
@@ -239,7 +252,7 @@ class Lab:
         after the other has all of its rounds, where two do not fit."""
         groups = [[spec] for spec in specs] if self.args.alone else [list(specs)]
         for group in groups:
-            engines = self.engines(group)
+            engines = self.those_that_start(group)
             for number in range(-1, rounds):
                 for engine in engines:
                     work(engine, number)

@@ -50,7 +50,7 @@ def exact(lab: Lab) -> None:
     specs += [lab.spec("exact-never", {"gate": "never"}, **more)]
     specs += [lab.forced(way, f"exact-{way}", **more) for way in ("nodes", "kernels")]
     if not lab.args.alone:
-        lab.engines(specs)
+        lab.those_that_start(specs)
     for spec in specs:
         try:
             engine = lab.engine(spec)
@@ -195,7 +195,7 @@ def small(lab: Lab, family: str, layers: int = 8, hidden: int = 512) -> tuple[Pa
     made = reference(
         lab,
         f"make-{family}",
-        120,
+        300,
         do="make",
         family=family,
         folder=str(folder),
@@ -220,7 +220,7 @@ def one_family(lab: Lab, family: str) -> None:
     hf = reference(
         lab,
         f"tokens-{family}",
-        120,
+        300,
         do="tokens",
         model=str(folder),
         dtype="bfloat16",

@@ -53,9 +53,9 @@ def run(lab: Lab) -> None:
 
 def tune(lab: Lab, engine: Engine) -> float:
     """The threshold at which prompts skip a quarter of their MLPs, by halving."""
-    low, high = -20.0, 20.0
+    low, high = -8.0, 8.0
     limit = 0.0
-    for _ in range(9):
+    for _ in range(13):
         limit = (low + high) / 2
         lab.ask(engine, "limits", values=[limit])
         lab.ask(engine, "counts", reset=True)
