@@ -20,6 +20,8 @@ from typing import Any
 from lab import HERE, Engine, FailedError, Lab, Spec, TooLateError
 from shapes import spread
 
+ONE_BY_ONE = {"compilation": {"cudagraph_capture_sizes": [1]}}
+"""Rows that share a graph share its MLPs. Where each row must be judged for itself, prompts run without one."""
 PROMPTS = [[(7 * i * i + 13 * i + 31 * k) % 2000 + 5 for i in range(24 + 9 * k)] for k in range(4)]
 
 
@@ -127,7 +129,7 @@ def quality(lab: Lab) -> None:
             samples=args.samples, length=512, dtype=args.dtype,
         )  # fmt: skip
         samples = hf.pop("samples")
-        more = trained(lab)
+        more = trained(lab) | ONE_BY_ONE
         specs = [lab.plain("plain-trained", **more), lab.spec(f"learned-trained-{share}", {"gate": gate}, **more)]
         scored = {}
         for spec in specs:

@@ -27,6 +27,9 @@ def run(lab: Lab) -> None:
     ]
     alone = [lab.fused("silu-tp1"), lab.forced("nodes", "nodes-tp1")]
     got: dict[str, Any] = {}
+    args.most = max(args.most, len(specs) + len(alone))
+    if not args.alone:
+        lab.those_that_start([*specs, *alone])
     ask = {"new": args.tokens, "count": 4, "length": 60}
     for spec in [*specs, *alone]:
         try:
@@ -47,8 +50,6 @@ def run(lab: Lab) -> None:
         except (FailedError, TooLateError) as error:
             lab.problem(f"tp2, {spec.name}: {error}")
             lab.check(30)
-        if spec in alone or spec.name.startswith("kernels"):
-            lab.stop(spec.name)
     reports = [json.loads(path.read_text()) for path in sorted(greeting.glob("worker-*.json"))]
     digests = {r["digest"] for r in reports}
     lab.add(
