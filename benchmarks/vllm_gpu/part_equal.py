@@ -213,36 +213,19 @@ def one_family(lab: Lab, family: str) -> None:
     cascade = {
         "probe_dir": str(folder), "probe_layers": made["checkpoints"], "adaptive": False, "thresholds": made["thresholds"],
     }  # fmt: skip
-    gates = {
-        "forced": {"gate": "forced:1/3/6"},
-        "always": {"gate": "always:5"},
-        "cascade": cascade,
-        "never": {"gate": "never"},
+    gates = {"forced": {"gate": "forced:1/3/6"}, "cascade": cascade, "never": {"gate": "never"}}
+    ask = {"model": str(folder), "dtype": "bfloat16", "gates": gates, "prompts": PROMPTS, "new": 8}
+    hf = reference(lab, f"tokens-{family}", 300, do="tokens", **ask)
+    specs = {
+        name: lab.spec(f"{family}-{name}", gates[name], **(small_engine(lab, folder) | ONE_BY_ONE))
+        for name in ("forced", "cascade")
     }
-    hf = reference(
-        lab,
-        f"tokens-{family}",
-        300,
-        do="tokens",
-        model=str(folder),
-        dtype="bfloat16",
-        gates=gates,
-        prompts=PROMPTS,
-        new=8,
-    )
-    more = {
-        "model": str(folder),
-        "load_format": "auto",
-        "vocab_size": 2048,
-        "max_model_len": 512,
-        "kv_cache_memory_bytes": 2**29,
-    }
-    for name, settings in gates.items():
-        engine = lab.engine(lab.spec(f"{family}-{name}", settings, **more))
+    if not lab.args.alone:
+        lab.those_that_start(list(specs.values()))
+    for name, spec in specs.items():
+        engine = lab.engine(spec)
         # One prompt at a time: the rows of one graph share an MLP, and here each must be its own.
-        parts = []
-        for prompt in PROMPTS:
-            parts.append(lab.ask(engine, "output", prompts=[prompt], new=8))
+        parts = [lab.ask(engine, "output", prompts=[prompt], new=8) for prompt in PROMPTS]
         own = {key: [part[key][0] for part in parts] for key in ("tokens", "prompt_logprobs")}
         status = lab.ask(engine, "counts")["status"][0]
         effect = difference(hf[name], hf["never"])["mean_prompt_difference"]
@@ -259,6 +242,8 @@ def quant(lab: Lab) -> None:
     folder, _ = small(lab, "qwen2")
     real = small_engine(lab, folder) | {"quantization": method}
     got = {}
+    if not lab.args.alone:
+        lab.those_that_start(quantized(lab, "small", **real))
     for spec in quantized(lab, "small", **real):
         engine = lab.engine(spec)
         if spec.sedac is not None:
