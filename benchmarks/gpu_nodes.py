@@ -24,9 +24,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sedac_cli.gpu.compile import _stream as stream_of
 from sedac_cli.gpu.compile import ptx_of, require_conditional_nodes
 from sedac_cli.gpu.conditional import ConditionalGraph
 from sedac_cli.gpu.packed import activate_rows
@@ -115,13 +117,12 @@ class Bench:
             module = cupy.RawModule(path=str(path))
             self.kernels = {name: module.get_function(name) for name in ("switch_nodes", "clear_unless")}
             _ = [kernel.num_regs for kernel in self.kernels.values()]
-        self.cupy = cupy
         self.graphs: list[Any] = []
         self.kept: list[Any] = []
 
     def launch(self, name: str, grid: int, *args: Any) -> None:
-        values = tuple(self.cupy.uintp(a.data_ptr()) if isinstance(a, Tensor) else a for a in args)
-        with self.cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        values = tuple(np.uintp(a.data_ptr()) if isinstance(a, Tensor) else a for a in args)
+        with stream_of(torch.cuda.current_stream().cuda_stream):
             self.kernels[name]((grid,), (256,), values)
 
     def mlp(self, i: int, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -171,7 +172,7 @@ class Bench:
                 if variant == "switches":
                     words = y.numel() // 2
                     self.launch(
-                        "clear_unless", max(1, min(64, words // 2048)), y, self.cupy.int64(words), self.flags[i : i + 1]
+                        "clear_unless", max(1, min(64, words // 2048)), y, np.int64(words), self.flags[i : i + 1]
                     )
             x = x + y
         return x
@@ -187,7 +188,7 @@ class Bench:
         self.mlp(0, x)
         if variant == "flags":
             self.few(0, x, spare)
-        self.launch("clear_unless", 1, spare, self.cupy.int64(8), self.flags[:1])
+        self.launch("clear_unless", 1, spare, np.int64(8), self.flags[:1])
         self.launch("switch_nodes", 1, switches.table, self.flags, switches.place, switches.count)
         torch.cuda.synchronize()
         marked = variant in ("updatable", "switches")
