@@ -18,7 +18,7 @@ from pathlib import Path
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
 from sedac_cli.gpu.entropy import FEW, MANY, WARPS, Form, form_constants
-from sedac_cli.gpu.probe import TileShape, shared_bytes
+from sedac_cli.gpu.probe import ROUTER_SLICE, TileShape, shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -74,6 +74,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
         yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 2, "STAGES": 4, "SET_CONDITION": 1}
         yield "router", {"T": t, "ROWS": 1, "SET_CONDITION": 1}
+    for t, units in product(range(3), (8, 24, 72)):
+        yield "router_few", {"T": t, "SLICE": ROUTER_SLICE, "UNITS": units}
+        yield "router_few", {"T": t, "SLICE": ROUTER_SLICE, "UNITS": units, "SET_CONDITION": 1}
 
 
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
@@ -127,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
-        "--only", help="one family: entropy, probe, router, route, conditional, skinny, decode, activate"
+        "--only", help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, activate"
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")

@@ -38,6 +38,10 @@ HOPPER_ROWS = 512
 EARLY = False
 """Whether the launch may begin while the one ahead ends."""
 ROUTER_THREADS = 512
+ROUTER_SLICE = 256
+"""Of the hidden axis, where a row's router is spread over blocks."""
+ROUTER_ROWS = 32
+"""Up to here it is: one block for each of 32 rows leaves 100 multiprocessors idle."""
 MAX_UNITS = 64
 MAX_RANK = 256
 Precision = Literal["split", "plain"]
@@ -184,6 +188,9 @@ def router_score(
     shape = hidden.shape[:-1]
     if _nothing_to_do(rows, needs, arm):
         return score.view(shape), run.view(shape)
+    if rows.count <= ROUTER_ROWS:
+        _router_few(rows, weights, threshold, score, run, _tail(rows, may_skip, real, needs, arm), arm)
+        return score.view(shape), run.view(shape)
     size = _rows_of_a_block(rows, weights)
     blocks = -(-rows.count // size)
     _check_tiles(blocks)
@@ -197,6 +204,29 @@ def router_score(
         ],
     )  # fmt: skip
     return score.view(shape), run.view(shape)
+
+
+def _router_few(
+    rows: Rows,
+    weights: RouterWeights,
+    threshold: Number,
+    score: Tensor,
+    run: Tensor,
+    tail: list[Tensor | np.generic | None],
+    arm: Handles | None,
+) -> None:
+    """One block a row reads its weights through one multiprocessor; slices of the row have as many as there are of them."""
+    device, slices = rows.tensor.device, -(-rows.width // ROUTER_SLICE)
+    constants = {"T": kind(rows.tensor, "hidden"), "SLICE": ROUTER_SLICE, "UNITS": -(-(1 + weights.units) // 8) * 8}
+    partial = torch.empty(rows.count * slices * (constants["UNITS"] + 2), device=device)
+    launch(
+        "router_few", "router_few", constants | _conditional(arm), device, grid=(slices, rows.count), threads=256,
+        early=arm is None,
+        args=[
+            *rows.args(), I32(rows.width), weights.matrix, I32(weights.matrix.shape[1]), weights.outer, I32(weights.units),
+            weights.bias, F32(weights.eps), partial, counters(device), *number(threshold, "threshold", device), score, run, *tail,
+        ],
+    )  # fmt: skip
 
 
 def router_bytes(rows: int, width: int) -> int:

@@ -267,7 +267,7 @@ def test_probe_replays(rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 33, 600, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 7, 32, 33, 600, 4096])
 @pytest.mark.parametrize("width", [77, 128, 3584, 8192])
 @pytest.mark.parametrize(("units", "offset"), [(0, 0), (16, 1), (64, 0)])
 def test_router(dtype, rows, width, units, offset):
