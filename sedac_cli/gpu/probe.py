@@ -177,6 +177,7 @@ def router_score(
     needs: Tensor | None = None,
     arm: Handles | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score (float32) and run (bool: not score > threshold, and wherever a token may not skip) of every row. NaN runs."""
     rows = Rows.of(hidden, "hidden")
@@ -189,7 +190,7 @@ def router_score(
     if _nothing_to_do(rows, needs, arm):
         return score.view(shape), run.view(shape)
     if rows.count <= ROUTER_ROWS:
-        _router_few(rows, weights, threshold, score, run, _tail(rows, may_skip, real, needs, arm), arm)
+        _router_few(rows, weights, threshold, score, run, _tail(rows, may_skip, real, needs, arm), arm, scratch)
         return score.view(shape), run.view(shape)
     size = _rows_of_a_block(rows, weights)
     blocks = -(-rows.count // size)
@@ -214,11 +215,12 @@ def _router_few(
     run: Tensor,
     tail: list[Tensor | np.generic | None],
     arm: Handles | None,
+    scratch: Tensor | None,
 ) -> None:
     """One block a row reads its weights through one multiprocessor; slices of the row have as many as there are of them."""
     device, slices = rows.tensor.device, -(-rows.width // ROUTER_SLICE)
     constants = {"T": kind(rows.tensor, "hidden"), "SLICE": ROUTER_SLICE, "UNITS": -(-(1 + weights.units) // 8) * 8}
-    partial = torch.empty(rows.count * slices * (constants["UNITS"] + 2), device=device)
+    partial = router_scratch(rows.count, weights, device) if scratch is None else scratch
     launch(
         "router_few", "router_few", constants | _conditional(arm), device, grid=(slices, rows.count), threads=256,
         early=arm is None,
@@ -227,6 +229,11 @@ def _router_few(
             weights.bias, F32(weights.eps), partial, counters(device), *number(threshold, "threshold", device), score, run, *tail,
         ],
     )  # fmt: skip
+
+
+def router_scratch(rows: int, weights: RouterWeights, device: torch.device) -> Tensor:
+    """What the blocks of up to ROUTER_ROWS rows leave for the one that ends last."""
+    return torch.empty(rows * -(-weights.width // ROUTER_SLICE) * (-(-(1 + weights.units) // 8) * 8 + 2), device=device)
 
 
 def router_bytes(rows: int, width: int) -> int:
