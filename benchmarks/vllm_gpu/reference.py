@@ -79,7 +79,8 @@ def tokens(ask: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def make(ask: dict[str, Any]) -> dict[str, Any]:
     """Weights large enough that the prediction is not the same everywhere: a comparison must be able to fail."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     from sedac_cli.artifacts.tensors import save_tensors
     from sedac_cli.probes import LREProbe, probe_name
@@ -96,6 +97,10 @@ def make(ask: dict[str, Any]) -> dict[str, Any]:
         if parameter.dim() == 2 and "embed" not in name:
             parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
     model.save_pretrained(folder)
+    words = Tokenizer(
+        models.WordLevel({f"t{i}": i for i in range(2048)}, unk_token="t0")
+    )  # it is loaded, and never asked
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
     points, limits = [layers // 4, layers // 2], []
     entering: dict[int, list[Any]] = {point: [] for point in points}
     for prompt in ask["prompts"]:
