@@ -67,8 +67,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             heads = Heads(group, 1, size, size, 1.0)
             yield "decode", attend_constants(t, 2 if t else 4, heads, 1, 4096, 132)
     for t, units in product(range(3), (8, 24, 72)):
-        yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units}
-        yield "decode", {"T": t, "ENTRY": 4, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
+        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units}
+        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
@@ -130,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
-        "--only", help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, activate"
+        "--only", help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, norm_route, activate"
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")

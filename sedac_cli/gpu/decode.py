@@ -151,6 +151,11 @@ def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
     return torch.empty(rows * -(-width // SLICE) * (MAX_UNITS + 10), device=device)
 
 
+def norm_route_parts(rows: int, width: int) -> int:
+    """Blocks that write the normed rows."""
+    return rows * -(-width // SLICE)
+
+
 def norm_route(
     x: Tensor,
     weight: Tensor,
@@ -164,19 +169,27 @@ def norm_route(
     real: Tensor | None = None,
     needs: Tensor | None = None,
     arm: Handles | None = None,
+    decided: tuple[Tensor, Tensor] | None = None,
+    ready: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch."""
+    """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch.
+
+    `ready` (int32, one entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it,
+    `decided` must be given and, like `scratch`, outlive what starts then."""
     rows, width = x.shape
     if width != router.width:
         raise ValueError(f"rows of {width}; the router reads {router.width}")
+    if ready is not None and decided is None:
+        raise ValueError("ready without decided: memory that is freed here might be written beside the decision")
     out = torch.empty_like(x)
-    score = torch.empty(rows, device=x.device)
-    run = torch.empty(rows, dtype=torch.bool, device=x.device)
-    constants = {"T": kind(x, "x"), "ENTRY": 4, "SLICE": SLICE, "UNITS": -(-(1 + router.units) // 8) * 8}
+    score, run = decided or (
+        torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
+    )  # fmt: skip
+    constants = {"T": kind(x, "x"), "SLICE": SLICE, "UNITS": -(-(1 + router.units) // 8) * 8}
     if arm is not None:
         constants["SET_CONDITION"] = 1
     launch(
-        "decode", "norm_route", constants, x.device, early=True, grid=(-(-width // SLICE), rows), threads=256,
+        "norm_route", "norm_route", constants, x.device, early=True, grid=(-(-width // SLICE), rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
             out, I64(out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,
@@ -184,6 +197,7 @@ def norm_route(
             flat(may_skip, "may_skip", rows, x.device, *MASK), flat(real, "real", rows, x.device, *MASK),
             flat(needs, "needs", 1, x.device, torch.int32), None if arm is None else arm.table,
             I32(0 if arm is None else arm.count), I32(0 if arm is None else int(arm.has_opposite)),
+            flat(ready, "ready", 1, x.device, torch.int32),
         ],
     )  # fmt: skip
     return out, score, run

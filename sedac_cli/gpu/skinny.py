@@ -27,7 +27,7 @@ WARPS = 16
 STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads. On an H200, 1 x 18944 -> 3584: 8 warps 52 us, 16 warps 37 us, cuBLAS 38 us."""
 PENDING = -1
-"""A flag that is being decided: `races` launches work on under it, others wait for it."""
+"""A flag that is being decided: a launch with `ready` works on under it, others wait for it."""
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
@@ -102,11 +102,12 @@ def skinny_gated(
     need: Tensor | None = None,
     when: bool = True,
     settled: bool = False,
-    races: bool = False,
+    ready: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """[M, K] -> [M, N]: act(x gate^T) * (x up^T), both [N, K].
 
-    `races`: the launch just ahead does nothing but write `need`, which was PENDING before; the work goes on beside it."""
+    `ready`: a counter, and the value it has once the launch just ahead has written x. That launch goes on to write `need`, which was
+    PENDING before, and the work runs beside it."""
     _check(x, [gate, up])
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
@@ -124,7 +125,7 @@ def skinny_gated(
         need,
         when,
         settled,
-        races,
+        ready,
     )
     return out
 
@@ -141,7 +142,7 @@ def _launch(
     need: Tensor | None,
     when: bool,
     settled: bool,
-    races: bool = False,
+    ready: tuple[Tensor, int] | None = None,
 ) -> None:
     rows = x.shape[0]
     groups = next(count for count in (1, 2, 4, 8) if rows <= 8 * count)
@@ -149,7 +150,9 @@ def _launch(
     processors = properties(device_index(x.device)).multi_processor_count
     per_block = 2 if not gated and tiles > 2 * processors else 1
     items = -(-tiles // per_block)
-    races = races and properties(device_index(x.device)).major >= 9  # before Hopper no launch begins early
+    if ready is not None and properties(device_index(x.device)).major < 9:
+        ready = None  # no launch begins before the one ahead has ended
+    counter, parts = ready or (None, 0)
     constants = skinny_constants(
         kind(x, "x"), groups, gated, ACTIVATIONS[activation], per_block, items > 2 * processors
     )
@@ -162,7 +165,7 @@ def _launch(
             x, I64(x.stride(0)), I32(rows), I32(x.shape[1]), *w, *b, *n,
             residual, I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
             flat(need, "need", 1, x.device, torch.int32), I32(int(when)),
-            I32(2 if races else int(settled)), I32(items),
+            I32(2 if ready else int(settled)), I32(items), flat(counter, "ready", 1, x.device, torch.int32), I32(parts),
         ],
     )  # fmt: skip
 

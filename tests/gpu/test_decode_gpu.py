@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.decode import Heads
-from sedac_cli.gpu.probe import RouterWeights, router_score, router_scratch
+from sedac_cli.gpu.probe import RouterWeights
 from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear
 
 pytestmark = [
@@ -99,21 +99,31 @@ def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size
     routers = [RouterWeights.pack(router_of(width, 16, "cuda"), "cuda") for _ in layers]
     norm = torch.ones(width, dtype=torch.bfloat16, device="cuda")
     start, h = random(rows, width, dtype=torch.bfloat16), random(rows, width, dtype=torch.bfloat16)
-    needs = torch.zeros(len(layers), dtype=torch.int32, device="cuda")
+    marks = torch.zeros(2, len(layers), dtype=torch.int32, device="cuda")
+    needs, parts = marks[0], PENDING + decode.norm_route_parts(rows, width)
     limits = torch.zeros(len(layers), device="cuda")
-    out = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
-    scratch = router_scratch(rows, routers[0], h.device)
+    decided = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
+    scratch = decode.norm_route_scratch(rows, width, h.device)
 
     def step(races: bool) -> None:
         h.copy_(start)
-        needs.fill_(PENDING)
+        marks.fill_(PENDING)
         for i, (gate, up, down) in enumerate(layers):
-            need = needs[i : i + 1]
-            x = decode.rms_norm(h, norm, 1e-6)
-            router_score(x, routers[i], threshold=limits[i : i + 1], needs=need, out=out, scratch=scratch)
+            need, ready = needs[i : i + 1], marks[1, i : i + 1]
+            x, _, _ = decode.norm_route(
+                h,
+                norm,
+                1e-6,
+                routers[i],
+                scratch,
+                threshold=limits[i : i + 1],
+                needs=need,
+                decided=decided,
+                ready=ready,
+            )
             if not races:
                 torch.cuda.synchronize()
-            z = skinny_gated(x, gate, up, "silu", need=need, races=races)
+            z = skinny_gated(x, gate, up, "silu", need=need, ready=(ready, parts) if races else None)
             skinny_linear(z, [down], residual=h, out=h, need=need, settled=True)
 
     graph, _ = captured(lambda: step(True))

@@ -4,8 +4,6 @@
 
 typedef Elem<T>::raw raw;
 
-__device__ __forceinline__ float rounded(float x) { return widen<T>(narrow<T>(x)); }
-
 __device__ __forceinline__ float act(float x) {
 #if ACT == 1
   return x / (1.0f + __expf(-x));

@@ -65,6 +65,21 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// The sum over a block; `shared` has a float per warp and may be used again at once.
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+  x = warp_sum(x);
+  __syncthreads();  // the last sum's readers are done
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0.0f;
+  for (int w = 0; w < (int)(blockDim.x + 31) / 32; ++w) total += shared[w];
+  return total;
+}
+
+#ifdef T
+__device__ __forceinline__ float rounded(float x) { return widen<T>(narrow<T>(x)); }
+#endif
+
 // True, in every thread, for the block that arrives last of `expected`; all that the others wrote before is then visible.
 // The counter wraps to 0 by itself: no memset between launches, so a replayed graph needs none either.
 __device__ __forceinline__ bool arrive_last(u32* counter, u32 expected) {

@@ -9,16 +9,6 @@
 
 typedef Elem<T>::raw raw;
 
-__device__ __forceinline__ float block_sum(float x, float* shared) {
-  x = warp_sum(x);
-  __syncthreads();  // the last sum's readers are done
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
-  __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < THREADS / 32; ++w) total += shared[w];
-  return total;
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) router_few(
     const raw* hidden, i64 outer_stride, i64 inner, int per_outer, int width, const float* matrix, int padded,
     const float* outer, int units, const float* bias, float eps, float* partial, u32* counter, const float* threshold_at,

@@ -9,8 +9,8 @@
 // which costs nothing when open, where an IF node around the same work costs 6 us when taken (measured on an H200).
 // `standing` says what is known of the flag. 1: no launch that may still run writes it (if it is PENDING all the same, this one
 // waits). 0: the launch ahead writes it; the first weights are asked for before it has ended, since memory is idle while it
-// decides. 2: the launch ahead only decides, and all else was there before it began: the work starts beside it, and a block
-// looks at the flag after every step until it is no longer PENDING.
+// decides. 2: the work begins as soon as the launch ahead has written x, which `*ready` reaching `parts` says, and runs beside its
+// decision: a block looks at the flag after every step until it is no longer PENDING.
 // Constants: T (1, 2), NT (8 rows of x each), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), X_AHEAD (steps that x is asked for ahead), WARPS, LOOP (more items than blocks: without it, 1 x 18944 -> 3584 takes 35.5 us, with it 37.9).
 
@@ -28,8 +28,6 @@ __device__ __forceinline__ void stream16(u32 to, const raw* p, u32 bytes) {
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ float rounded(float x) { return widen<T>(narrow<T>(x)); }
-
 __device__ __forceinline__ float activate(float x) {
 #if ACT == 1
   return x / (1.0f + __expf(-x));
@@ -40,6 +38,12 @@ __device__ __forceinline__ float activate(float x) {
 #else
   return x;
 #endif
+}
+
+__device__ __forceinline__ void wait_for(const int* counter, int value) {
+  int now;
+  do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
+  while (now < value);
 }
 
 // The 16-row tiles of one item of work: of which matrix, and where their output columns start.
@@ -74,7 +78,7 @@ __device__ __forceinline__ Item item_of(
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int standing, int items) {
+    int when, int standing, int items, const int* ready, int parts) {
   const volatile int* flag = need;
   auto closed = [&](int value) { return (value != 0) != (when != 0); };
   if (need && standing == 1) {
@@ -117,7 +121,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < STAGES; ++step) ask();
-  if (!races) settle();
+  if (races) {
+    // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
+    if (threadIdx.x == 0) wait_for(ready, parts);
+    __syncthreads();
+  } else {
+    settle();
+  }
   release();
   int seen = need && (standing == 0 || (races && threadIdx.x == 0)) ? *flag : PENDING;
   // What the last lines of an item add is asked for here: from memory it would hold up the end.

@@ -16,7 +16,7 @@ from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
-from sedac_cli.runtime.graph.programs import Program, Standing
+from sedac_cli.runtime.graph.programs import AHEAD, Program, Standing
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -74,12 +74,10 @@ class FusedStep:
             otherwise = (lambda: self.instead(index, x, h)) if index in self.standins else None
             self.either(need, lambda: self.run(layer, x, h), otherwise)
 
-    def run(
-        self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, standing: Standing = Standing.AHEAD
-    ) -> None:
+    def run(self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, standing: Standing = AHEAD) -> None:
         z = self.ops.gated(
-            x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=standing is Standing.STANDS,
-            races=standing is Standing.RACES,
+            x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=standing.settled,
+            ready=standing.ready,
         )  # fmt: skip
         self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
 

@@ -33,7 +33,7 @@ class Ops(Protocol):
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, races: bool = False,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
@@ -75,9 +75,9 @@ class KernelOps:
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, races: bool = False,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
     ) -> Tensor:  # fmt: skip
-        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled, races=races)
+        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled, ready=ready)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
@@ -121,7 +121,7 @@ class WideOps(KernelOps):
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, races: bool = False,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
     ) -> Tensor:  # fmt: skip
         assert need is None
         first, second = biases or (None, None)
@@ -151,7 +151,7 @@ class TwinOps:
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, races: bool = False,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
     ) -> Tensor:  # fmt: skip
         return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need)
 

@@ -10,7 +10,7 @@ decide the same.
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +22,22 @@ from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.simple import AlwaysGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu import decode, reference
-from sedac_cli.gpu.probe import ROUTER_ROWS, ProbeWeights, RouterWeights, probe_risk, router_score, router_scratch
+from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk
 from sedac_cli.gpu.skinny import PENDING
 from sedac_cli.runtime.graph.ops import Ops
 from sedac_cli.runtime.graph.standard import Norm
 
 
-class Standing(Enum):
-    """What is known of a flag when the launch that hangs on it begins."""
+@dataclass(frozen=True)
+class Standing:
+    """What is known of a flag when the launch that hangs on it begins. `settled`: no launch that may still run writes it; otherwise
+    the one just ahead does. `ready`: that one has written the MLP's input once this counter has this value, and then only decides."""
 
-    STANDS = "no launch that may still run writes it"
-    AHEAD = "the launch just ahead writes it"
-    RACES = "the launch just ahead does nothing but write it: work may begin, and ends when it says so"
+    settled: bool
+    ready: tuple[Tensor, int] | None = None
+
+
+STANDS, AHEAD = Standing(True), Standing(False)
 
 
 class Program:
@@ -53,7 +57,7 @@ class Program:
 
     def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
         """(the MLP's input, the flag it hangs on or None, what is known of the flag)."""
-        return ops.norm(hidden, norm), self.flag(layer), Standing.STANDS
+        return ops.norm(hidden, norm), self.flag(layer), STANDS
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         """The flag, where the MLP's input has already been made by the model's own code."""
@@ -119,7 +123,7 @@ class GateProgram(Program):
 
     def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
         x = ops.norm(hidden, norm)
-        return x, self.decide_on(layer, x), Standing.AHEAD
+        return x, self.decide_on(layer, x), AHEAD
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         if self.gate.looks_at == "mlp":
@@ -135,7 +139,7 @@ class GateProgram(Program):
 
 
 class LearnedProgram(Program):
-    """A router per layer: one launch with the norm; where launches can be stopped, one that the MLP does not wait for."""
+    """A router per layer: norm and router are one launch, and the MLP may begin when the norm is there."""
 
     def __init__(self, gate: LearnedGate, rows: int, device: torch.device):
         super().__init__(gate.num_layers, rows, device)
@@ -150,44 +154,32 @@ class LearnedProgram(Program):
             for index in range(gate.num_layers)
             if self.source[index] >= 0
         }
+        # Flags and, behind them, how many parts of each layer's normed rows are there: one fill begins a step.
+        self.marks = torch.ones(2 * gate.num_layers, dtype=torch.int32, device=device)
+        self.needs = self.marks[: gate.num_layers]
+        # The MLP writes while its router still runs: what routers write must not be memory that the MLP's output is given.
+        self.decided = torch.empty(rows, device=device), torch.empty(rows, dtype=torch.bool, device=device)
         self.scratch: Tensor | None = None
-        # The MLP writes while a router still runs: what routers write must not be memory that the MLP's output may be given.
-        few = rows <= ROUTER_ROWS and bool(self.weights) and device.type == "cuda"
-        self.kept = (
-            (
-                torch.empty(rows, device=device),
-                torch.empty(rows, dtype=torch.bool, device=device),
-                router_scratch(rows, next(iter(self.weights.values())), device),
-            )
-            if few
-            else None
-        )
 
     def begin(self, position: Tensor, real: Tensor) -> None:
         guards = self.gate.guards
         self.real = real
         self.may_skip = (real & (position >= guards.sinks)) if guards.decode else torch.zeros_like(real)
-        self.needs.fill_(PENDING)
+        self.marks.fill_(PENDING)
 
     def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
         need = self.flag(layer)
         if need is None or not hidden.is_cuda:
             x = ops.norm(hidden, norm)
-            return x, self.decide_on(layer, x), Standing.AHEAD
-        if ops.stops and self.kept is not None:
-            x = ops.norm(hidden, norm)
-            router_score(
-                x, self.weights[layer], threshold=self.limit, may_skip=self.may_skip, real=self.real, needs=need,
-                out=self.kept[:2], scratch=self.kept[2],
-            )  # fmt: skip
-            return x, need, Standing.RACES
+            return x, self.decide_on(layer, x), AHEAD
         if self.scratch is None:
             self.scratch = decode.norm_route_scratch(self.rows, hidden.shape[1], self.device)
+        ready = self.marks[self.num_layers + layer : self.num_layers + layer + 1]
         x, _, _ = decode.norm_route(
             hidden, norm.weight, norm.eps, self.weights[layer], self.scratch, threshold=self.limit, plus_one=norm.plus_one,
-            may_skip=self.may_skip, real=self.real, needs=need,
+            may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready,
         )  # fmt: skip
-        return x, need, Standing.AHEAD
+        return x, need, Standing(False, (ready, PENDING + decode.norm_route_parts(*hidden.shape)))
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         need = self.flag(layer)

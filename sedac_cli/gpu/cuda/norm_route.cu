@@ -1,0 +1,140 @@
+// RMSNorm and the learned gate's router in one launch: y = norm(x), score = w . n + u . silu(V n) + c with n = layer_norm(y)
+// without weights, run = !(score > t). A block norms the whole row but writes, and multiplies with the router, only its
+// SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
+// of an RMSNorm, so its mean is small against its deviation and nothing cancels.
+// `ready` counts the blocks whose part of y is there, for a launch that begins before the decision is made.
+// `outer` holds the outer weights and, after them, the sum of each row of `matrix`.
+// Constants: T, SLICE (a multiple of 256), UNITS (1 + hidden units, padded to a multiple of 8).
+
+typedef Elem<T>::raw raw;
+
+#define THREADS 256
+#define EACH (UNITS / 8)  // products per warp
+#define MORE ((UNITS + 31) / 32)
+extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
+    const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
+    const float* matrix, int padded, const float* outer, int units, const float* bias, float norm_eps, float* partial,
+    u32* counter, const float* threshold_at, float threshold, float* score_out, u8* run_out, const u8* may_skip,
+    const u8* real, int* needs, const u64* handles, int handle_count, int has_opposite, int* ready) {
+  __shared__ __align__(16) float slice[SLICE];
+  __shared__ float shared[32], products[UNITS + 2];
+  __shared__ bool last;
+  const int row = blockIdx.y, from = blockIdx.x * SLICE, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // The router's weights depend on nothing: they are on their way while the row is normed.
+  float4 w[EACH][SLICE / 128];
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    const int unit = warp + e * 8;
+#pragma unroll
+    for (int i = 0; i < SLICE / 128; ++i) {
+      const int at = from + (lane + i * 32) * 4;
+      w[e][i] = unit <= units && at < padded ? __ldg((const float4*)(matrix + (i64)unit * padded + at)) : make_float4(0, 0, 0, 0);
+    }
+  }
+  float norm_weight[SLICE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) {
+    const int at = from + threadIdx.x + i * THREADS;
+    norm_weight[i] = at < width ? widen<T>(weight[at]) : 0.0f;
+  }
+  // What the end of the row needs, by the warp that will need it.
+  float outer_weight[MORE], row_sum[MORE], base = 0.0f, base_sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MORE; ++i) outer_weight[i] = row_sum[i] = 0.0f;
+  if (warp == 0) {
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u <= units) outer_weight[i] = __ldg(outer + u - 1), row_sum[i] = __ldg(outer + units + u);
+    }
+    base = __ldg(bias), base_sum = __ldg(outer + units);
+  }
+  settle();
+  release();
+  const raw* p = x + row * x_stride;
+  constexpr int N = Vec<T>::N;
+  const bool aligned = ((u64)p & 15) == 0;
+  const bool may = !may_skip || may_skip[row], counts = !real || real[row];
+  const float limit = number(threshold_at, threshold);
+  raw own[SLICE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) own[i] = p[min(from + (int)threadIdx.x + i * THREADS, width - 1)];
+  float square = 0.0f;
+#pragma unroll 2
+  for (int i = threadIdx.x * N; i < width; i += THREADS * N) {
+    float v[N];
+    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), v);
+#pragma unroll
+    for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
+  }
+  const float scale = rsqrtf(block_sum(square, shared) / width + eps);
+  float sum = 0.0f;
+  square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) {
+    const int in_slice = threadIdx.x + i * THREADS;
+    float y = 0.0f;
+    if (from + in_slice < width) {
+      const float v = widen<T>(own[i]), g = norm_weight[i];
+      const raw stored = narrow<T>(plus_one ? v * scale * (1.0f + g) : rounded(v * scale) * g);
+      out[row * out_stride + from + in_slice] = stored;
+      y = widen<T>(stored);
+    }
+    slice[in_slice] = y;
+    sum += y;
+    square = fmaf(y, y, square);
+  }
+  __syncthreads();  // `slice` is there, and this block's part of `out`
+  if (ready && threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(ready, 1);
+  }
+  sum = block_sum(sum, shared);
+  square = block_sum(square, shared);
+  float* mine = partial + ((i64)row * gridDim.x + blockIdx.x) * (UNITS + 2);
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SLICE / 128; ++i) {
+      const float4 v = *(const float4*)&slice[(lane + i * 32) * 4];
+      dot = fmaf(w[e][i].x, v.x, fmaf(w[e][i].y, v.y, fmaf(w[e][i].z, v.z, fmaf(w[e][i].w, v.w, dot))));
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) mine[warp + e * 8] = dot;
+  }
+  if (threadIdx.x == 0) mine[UNITS] = sum, mine[UNITS + 1] = square;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter + 1 + row, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  for (int u = threadIdx.x; u < UNITS + 2; u += THREADS) {
+    const float* one = partial + (i64)row * gridDim.x * (UNITS + 2) + u;
+    float y = 0.0f;
+#pragma unroll 16
+    for (int b = 0; b < (int)gridDim.x; ++b) y += __ldcg(one + (i64)b * (UNITS + 2));
+    products[u] = y;
+  }
+  __syncthreads();
+  bool need = false;
+  if (warp == 0) {
+    const float mean = products[UNITS] / width, rate = rsqrtf(products[UNITS + 1] / width - mean * mean + norm_eps);
+    float score = 0.0f;
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u > units) continue;
+      const float z = (products[u] - mean * row_sum[i]) * rate;
+      score = fmaf(outer_weight[i], z / (1.0f + __expf(-z)), score);
+    }
+    score = warp_sum(score) + (products[0] - mean * base_sum) * rate + base;
+    const bool run = !(score > limit) || !may;
+    if (lane == 0) score_out[row] = score, run_out[row] = run;
+    need = run && counts;
+  }
+  publish_need(need, counter, gridDim.y, needs, handles, handle_count, has_opposite);
+}
