@@ -21,6 +21,8 @@ from sedac_cli.errors import InputError
 DRAWS = 4000
 FEWEST = 4
 """Fewer samples than this on a side have no spread to speak of: no verdict."""
+MEASURED = ("busy_before", "read_bytes_per_second")
+"""Parts of the description that are never twice the same."""
 Array = np.ndarray[Any, Any]
 Verdict = Literal["better", "worse", "noise", "too few samples"]
 
@@ -185,7 +187,7 @@ def _environment(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for part in ("versions", "machine", "subject"):
         for key in sorted(before[part].keys() | after[part].keys()):
             a, b = before[part].get(key), after[part].get(key)
-            if a != b and key != "busy_before":
+            if a != b and key not in MEASURED:
                 found.append(f"{key}: {a} before, {b} after" if not isinstance(a, dict) else f"{key} differs")
     for key in ("backend", "baseline", "workload", "seed"):
         if before[key] != after[key]:

@@ -26,6 +26,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.path.split("/")[1]
 
     def do_GET(self):
+        if self.path == "/gated/metrics":
+            count = len(self.server.bodies)
+            text = f"# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a=\"1\"}} {count * 20}.0\n"
+            return self.reply(text.replace("total {", "total{").encode())
+        if self.path.endswith("/metrics") or self.path == "/bare/models":
+            return self.reply(b"not found", 404)
         if self.way == "nonsense":
             return self.reply(b"<html>hello</html>")
         row = {"id": MODEL} | ({"max_model_len": CONTEXT} if self.way == "short" else {})
@@ -96,6 +102,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.way != "nologprobs":
             each = -2.0 - (math.log(1.5) if self.way == "worse" else 0.0)
             found["choices"][0]["logprobs"] = {"token_logprobs": [None, *[each] * len(words)]}
+            if self.way != "notops":  # the worse server would say something else at every fourth place
+                best = ["y" if self.way == "worse" and n % 4 == 0 else "x" for n in range(len(words))]
+                tops = [{"z": -9.0, word: -0.5} for word in best]
+                found["choices"][0]["logprobs"]["top_logprobs"] = [None, *tops]
         self.reply(json.dumps(found).encode())
 
     def event(self, document):
