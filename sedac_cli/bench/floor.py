@@ -64,7 +64,9 @@ class StepReads:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            always=layers + _weights([loaded.model.get_output_embeddings()]) + _of_gate(plan.gate, decoder.hidden_size, width),
+            always=layers
+            + _weights([loaded.model.get_output_embeddings()])
+            + _of_gate(plan.gate, decoder.hidden_size, width),
             mlp=tuple(_weights(mlp, visited_share(config)) for mlp in mlps),
             standin=tuple(map(round, standins)),
             position=2 * heads * size * decoder.num_layers * width,

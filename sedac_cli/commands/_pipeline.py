@@ -81,7 +81,9 @@ def build_steps(config: dict[str, Any], folder: Path, where: str, seed: int, qui
         environment = {k: v for k, v in os.environ.items() if k.startswith(f"SEDAC_{name.upper().replace('-', '_')}_")}
         needs = tuple(n for n in NEEDS[name] if n in chosen)
         options = {"argv": argv, "environment": environment}
-        steps.append(Step(name, options, needs, OUTPUTS[name], _sources(told, folder), _runner(name, argv, folder, quiet)))
+        steps.append(
+            Step(name, options, needs, OUTPUTS[name], _sources(told, folder), _runner(name, argv, folder, quiet))
+        )
     return steps
 
 

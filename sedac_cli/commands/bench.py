@@ -50,7 +50,7 @@ def measure(
     quality_samples: Annotated[int | None, option(
         WORK, "--quality-samples", min=0, help="Samples on which quality is measured; 0 measures none.")] = None,
     tasks: Annotated[str | None, option(WORK, "--tasks", help="lm-eval tasks, scored dense and gated.")] = None,
-    task_folder: Annotated[str | None, option(WORK, "--task-folder", help="Task files (YAML) of your own.")] = None,
+    task_folder: Annotated[str | None, option(WORK, "--task-folder", "--include-path", help="Task files (YAML) of your own.")] = None,
     task_limit: Annotated[int | None, option(WORK, "--task-limit", min=1, help="Documents per task.")] = None,
     url: Annotated[str | None, option(LOAD, "--url", help="Server to measure: http://127.0.0.1:8000/v1")] = None,
     baseline_url: Annotated[str | None, option(LOAD, "--baseline-url", help="A dense server to pair it with.")] = None,

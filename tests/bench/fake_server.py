@@ -28,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/gated/metrics":
             count = len(self.server.bodies)
-            text = f"# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a=\"1\"}} {count * 20}.0\n"
+            text = f'# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a="1"}} {count * 20}.0\n'
             return self.reply(text.replace("total {", "total{").encode())
         if self.path.endswith("/metrics") or self.path == "/bare/models":
             return self.reply(b"not found", 404)

@@ -137,7 +137,12 @@ def test_two_servers_under_the_same_load(sedac, server, tmp_path):
 
 
 def test_a_server_that_tells_no_alternatives_has_no_agreement(sedac, server, tmp_path):
-    assert bench(sedac, tmp_path, "--url", server.url("notops"), "--baseline-url", server.url(), "--quality-samples", 2).code == 0
+    assert (
+        bench(
+            sedac, tmp_path, "--url", server.url("notops"), "--baseline-url", server.url(), "--quality-samples", 2
+        ).code
+        == 0
+    )
     measures = document(tmp_path)["configurations"][1]["quality"]["measures"]
     assert measures["ppl_ratio"] == pytest.approx(1.0)
     assert "agreement" not in measures
@@ -201,3 +206,16 @@ def test_what_makes_no_sense_is_refused_at_once(sedac, tmp_path):
     matrix.write_text(json.dumps({"experiments": [{"name": "a", "mode": "dense"}, {"name": "b", "gate": "always:2"}]}))
     refused = bench(sedac, tmp_path, *url, "--matrix", matrix)
     assert (refused.code, "'a' and 'b' ask the same of the same server" in refused.err) == (2, True)
+
+
+def test_one_server_asked_in_two_ways(sedac, server, tmp_path):
+    matrix = tmp_path / "m.json"
+    ways = [
+        {"name": "dense", "mode": "dense", "extra_body": {"sedac": {"dense": True}}},
+        {"name": "own", "gate": "of the server"},
+    ]
+    matrix.write_text(json.dumps({"experiments": ways, "quality": {"samples": 0}}))
+    result = bench(sedac, tmp_path, "--url", server.url(), "--matrix", matrix)
+    assert (result.code, result.err) == (0, "")
+    assert {body.get("sedac", {}).get("dense") for body in server.bodies} == {True, None}
+    assert document(tmp_path)["configurations"][1]["summary"]["speedup"]

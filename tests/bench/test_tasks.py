@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from sedac_cli.harness import run as harness  # noqa: E402
+from sedac_cli.harness import run as harness
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def test_scores_task_by_task_dense_run_once(bench, monkeypatch):
     result = bench("--gates", "always:1,always:3", "--tasks", "toy_choice, toy_rolling", "-q", "--json")
     assert result.code == 0, result.err
     assert result.json == bench.document()
-    assert sorted(runs) == sorted([(task, gated) for task in ("toy_choice", "toy_rolling") for gated in (False, True, True)])
+    assert sorted(runs) == sorted(
+        [(task, gated) for task in ("toy_choice", "toy_rolling") for gated in (False, True, True)]
+    )
     dense, first, second = bench.document()["configurations"]
     assert dense["quality"] is None
     choice = first["quality"]["tasks"]["toy_choice"]
