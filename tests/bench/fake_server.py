@@ -27,8 +27,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/gated/metrics":
-            count = len(self.server.bodies)
-            text = f'# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a="1"}} {count * 20}.0\n'
+            now = time.monotonic()  # published a second late
+            known = [body for body, at in zip(self.server.bodies, self.server.arrived, strict=True) if at < now - 1]
+            count, gated = len(known), sum("sedac" not in body for body in known)
+            text = f"# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a=\"1\"}} {gated * 20}.0\n"
             return self.reply(text.replace("total {", "total{").encode())
         if self.path.endswith("/metrics") or self.path == "/bare/models":
             return self.reply(b"not found", 404)
@@ -41,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
+            self.server.arrived.append(time.monotonic())
             number = len(self.server.bodies)
             self.server.active += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.active)
@@ -130,6 +133,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.first, self.between, self.dies_after = first, between, dies_after
         self.bodies: list[dict] = []
+        self.arrived: list[float] = []
         self.active = self.most_at_once = 0
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

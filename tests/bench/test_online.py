@@ -148,13 +148,6 @@ def test_a_server_that_tells_no_alternatives_has_no_agreement(sedac, server, tmp
     assert "agreement" not in measures
 
 
-def test_skips_as_the_server_counts_them(sedac, server, tmp_path):
-    args = ("--url", server.url("gated"), "--baseline-url", server.url(), "--concurrency", "2")
-    assert bench(sedac, tmp_path, *args).code == 0
-    dense, own = document(tmp_path)["configurations"]
-    assert (dense["summary"]["skip_ratio"], own["summary"]["skip_ratio"]) == (None, pytest.approx(0.25))
-
-
 def test_a_failing_server_is_in_the_table_and_no_success(sedac, server, tmp_path):
     result = bench(sedac, tmp_path, "--url", server.url("flaky"), "--concurrency", "2")
     assert result.code == 3
@@ -215,7 +208,10 @@ def test_one_server_asked_in_two_ways(sedac, server, tmp_path):
         {"name": "own", "gate": "of the server"},
     ]
     matrix.write_text(json.dumps({"experiments": ways, "quality": {"samples": 0}}))
-    result = bench(sedac, tmp_path, "--url", server.url(), "--matrix", matrix)
+    result = bench(sedac, tmp_path, "--url", server.url("gated"), "--matrix", matrix)
     assert (result.code, result.err) == (0, "")
     assert {body.get("sedac", {}).get("dense") for body in server.bodies} == {True, None}
-    assert document(tmp_path)["configurations"][1]["summary"]["speedup"]
+    dense, own = document(tmp_path)["configurations"]
+    assert own["summary"]["speedup"]
+    # As the server counts them, each run its own, though they are published a second late.
+    assert (dense["summary"]["skip_ratio"], own["summary"]["skip_ratio"]) == (0.0, pytest.approx(0.25))

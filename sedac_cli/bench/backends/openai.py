@@ -108,6 +108,9 @@ class OpenAI:
             yield client
 
 
+SETTLE = 1.2  # seconds; a gated vLLM publishes its counters once a second
+
+
 class ServerSession:
     engine = "server"
 
@@ -115,11 +118,11 @@ class ServerSession:
         self.client, self.cell, self.seed = client, cell, seed
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
-        before = self.client.skips()
+        before = self.client.skips()  # settled: what ran before this run has waited for its own
         began = time.perf_counter()
         answers = self.client.load(prompts, new_tokens, at_once=self.cell.batch, rate=self.cell.rate, seed=self.seed)
         seconds = time.perf_counter() - began
-        after = self.client.skips()
+        after = None if before is None else self._settled()
         decided = after[0] - before[0] if before and after else 0.0
         done = [answer for answer in answers if answer.request.error is None]
         return Run(
@@ -134,6 +137,16 @@ class ServerSession:
             skip_ratio=(after[1] - before[1]) / decided if before and after and decided > 0 else None,
             requests=[answer.request for answer in answers],
         )
+
+    def _settled(self) -> tuple[float, float] | None:
+        """The server's counters once they stand still: published late, a run's skips would be the next one's."""
+        found = self.client.skips()
+        for _ in range(5):
+            time.sleep(SETTLE)
+            found, before = self.client.skips(), found
+            if found == before:
+                break
+        return found
 
     def close(self) -> None:
         pass
