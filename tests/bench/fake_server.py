@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
             now = time.monotonic()  # published a second late
             known = [body for body, at in zip(self.server.bodies, self.server.arrived, strict=True) if at < now - 1]
             count, gated = len(known), sum("sedac" not in body for body in known)
-            text = f"# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a=\"1\"}} {gated * 20}.0\n"
+            text = f'# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a="1"}} {gated * 20}.0\n'
             return self.reply(text.replace("total {", "total{").encode())
         if self.path.endswith("/metrics") or self.path == "/bare/models":
             return self.reply(b"not found", 404)

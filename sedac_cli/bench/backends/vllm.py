@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sedac_cli.bench.backends import Cell, Session, offline_cells
+from sedac_cli.bench.machine import Meter
 from sedac_cli.bench.matrix import Experiment, Matrix
 from sedac_cli.bench.metrics import Run
 from sedac_cli.bench.quality import Scored, quality_from_logprobs
@@ -118,7 +119,10 @@ class VLLMSession:
     engine = "vllm"
 
     def __init__(self, llm: Any, experiment: Experiment):
+        import torch
+
         self.llm, self.experiment = llm, experiment
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
         from vllm import SamplingParams
@@ -126,9 +130,10 @@ class VLLMSession:
         gated = self.experiment.how.needs_gate
         before, drafted = (_status(self.llm) if gated else None), _drafted(self.llm)
         wanted = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-        began = time.perf_counter()
-        outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
-        seconds = time.perf_counter() - began
+        with Meter(self.device) as meter:
+            began = time.perf_counter()
+            outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
+            seconds = time.perf_counter() - began
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         made = sum(map(len, tokens))
         first = [x for x in (getattr(o.metrics, "first_token_latency", None) for o in outputs) if x]
@@ -147,6 +152,7 @@ class VLLMSession:
             skipped_per_layer=skipped,
             decided_tokens=decided,
             drafts=_drafts(drafted, _drafted(self.llm), made, len(outputs)) if self.experiment.how.draft else None,
+            joules=meter.joules,  # peak memory is what vLLM was told to take: no measurement
             tokens=tokens,
         )
 
