@@ -68,12 +68,12 @@ def branch_flops(module: nn.Module, config: object) -> float:
     for name, child in module.named_modules():
         flops = _matrix_flops(child)
         if flops and "experts" in name.split(".") and "shared" not in name:
-            flops *= _visited_share(config)
+            flops *= visited_share(config)
         total += flops
     return total
 
 
-def _visited_share(config: object) -> float:
+def visited_share(config: object) -> float:
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
     of = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     of = of or getattr(config, "n_routed_experts", None) or chosen

@@ -21,6 +21,8 @@ from sedac_cli.errors import InputError
 DRAWS = 4000
 FEWEST = 4
 """Fewer samples than this on a side have no spread to speak of: no verdict."""
+MEASURED = ("busy_before", "read_bytes_per_second")
+"""Parts of the description that are never twice the same."""
 Array = np.ndarray[Any, Any]
 Verdict = Literal["better", "worse", "noise", "too few samples"]
 
@@ -53,6 +55,18 @@ def _rate(tokens: str, seconds: str) -> Callable[[dict[str, Any]], float | None]
     return value
 
 
+def _draft(part: str, of: str) -> Callable[[dict[str, Any]], float | None]:
+    def value(sample: dict[str, Any]) -> float | None:
+        made = sample.get("drafts")
+        return made[part] / made[of] if made and made[of] else None
+
+    return value
+
+
+def _energy(sample: dict[str, Any]) -> float | None:
+    return sample["joules"] / sample["new_tokens"] if sample.get("joules") and sample["new_tokens"] else None
+
+
 def _median(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda sample: float(np.median(sample[name])) if sample[name] else None
 
@@ -64,7 +78,10 @@ FIGURES: tuple[tuple[str, Callable[[dict[str, Any]], float | None], bool], ...] 
     ("prefill tokens/s", _rate("prompt_tokens", "prefill_seconds"), True),
     ("TTFT", _median("ttft"), False),
     ("ITL", _median("itl"), False),
+    ("AR", _draft("accepted", "proposed"), True),
+    ("TRR", _draft("accepted", "verify_tokens"), True),
     ("peak memory", lambda sample: sample["peak_bytes"], False),
+    ("J/token", _energy, False),
 )
 PARTS = (("speed-up", "seconds"), ("decode speed-up", "decode_seconds"), ("prefill speed-up", "prefill_seconds"))
 
@@ -89,10 +106,14 @@ def compare_documents(
                 continue
             pair = cells[cell["label"]], cell
             for figure, a, b, more in _samples(*pair):
+                if np.median(a) == 0:
+                    only.append(f"no ratio: {name}, {cell['label']}: {figure} was 0 and is {np.median(b):.4g}")
+                    continue
                 drawn = _ratio_of_medians(rng, a, b)
                 changes.append(_change(name, cell["label"], figure, np.median(a), np.median(b), drawn, more, len(a), len(b),
                                        confidence, min_change))  # fmt: skip
         changes += _quality(rng, name, mine[name], theirs[name], confidence, min_change)
+        changes += _tasks(rng, name, mine[name], theirs[name], confidence, min_change)
     return Comparison(_environment(before, after), changes, only)
 
 
@@ -126,7 +147,8 @@ def _ratio_of_medians(rng: np.random.Generator, a: Array, b: Array) -> Array:
     def draw(x: Array) -> Array:
         return np.median(x[rng.integers(0, len(x), size=(DRAWS, len(x)))], axis=1)
 
-    return draw(b) / draw(a)
+    above, below = draw(b), draw(a)
+    return above[below != 0] / below[below != 0]
 
 
 def _change(
@@ -171,6 +193,40 @@ def _quality(
     return found
 
 
+def _tasks(
+    rng: np.random.Generator,
+    name: str,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    confidence: float,
+    min_change: float,
+) -> list[Change]:
+    """Scores of tasks, document by document; a metric that has no value per document has no verdict."""
+    old, new = ((c["quality"] or {}).get("tasks") or {} for c in (before, after))
+    found = []
+    for task in [task for task in old if task in new]:
+        for metric, score in old[task]["metrics"].items():
+            other = new[task]["metrics"].get(metric)
+            if other is None or not score["own"]:
+                continue
+            a, b = (_documents(run[task], metric) for run in (old, new))
+            drawn = np.empty(0)
+            if len(a) == len(b) >= FEWEST:
+                picks = rng.integers(0, len(a), size=(DRAWS, len(a)))
+                below, above = a[picks].mean(-1), b[picks].mean(-1)
+                drawn = (above / below)[below > 0] if np.any(below > 0) else drawn
+            count = len(a) if len(drawn) else 0
+            found.append(_change(name, task, metric, score["own"], other["own"], drawn, score["higher_is_better"], count, count,
+                                 confidence, min_change))  # fmt: skip
+    return found
+
+
+def _documents(task: dict[str, Any], metric: str) -> Array:
+    """The metric's value for each document, or nothing where there is none for each."""
+    rows = [row.get("gated", {}).get(metric) for table in task["samples"].values() for row in table]
+    return np.array(rows if all(isinstance(x, int | float) for x in rows) else [], dtype=np.float64)
+
+
 def _ppl_ratio(sums: dict[str, Array]) -> Array:
     return np.exp((sums["nll_gated"].sum(-1) - sums["nll_dense"].sum(-1)) / sums["tokens"].sum(-1))
 
@@ -185,7 +241,7 @@ def _environment(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     for part in ("versions", "machine", "subject"):
         for key in sorted(before[part].keys() | after[part].keys()):
             a, b = before[part].get(key), after[part].get(key)
-            if a != b and key != "busy_before":
+            if a != b and key not in MEASURED:
                 found.append(f"{key}: {a} before, {b} after" if not isinstance(a, dict) else f"{key} differs")
     for key in ("backend", "baseline", "workload", "seed"):
         if before[key] != after[key]:

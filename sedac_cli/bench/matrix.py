@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sedac_cli.artifacts.files import read_json
 from sedac_cli.bench.modes import Mode, find_mode
@@ -77,6 +77,19 @@ class Experiment(Strict):
     sedac_probe_dir: str | None = None
     sedac_probe_path: str | None = None
     sedac_probe_rank: int | None = Field(default=None, ge=1)
+    sedac_log_every: int | None = Field(default=None, ge=0)
+    """Earlier versions printed their decisions every so often; what was skipped is in the results, so nothing is printed."""
+
+    @field_validator("sedac_probe_layers", "sedac_thresholds", "sedac_exit_rates", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """Also as the environment variables of the same name have it: "7,14,21"."""
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("speculative_config", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value == {} else value
 
     @property
     def how(self) -> Mode:
@@ -97,7 +110,7 @@ class Experiment(Strict):
         probes = {
             k: v
             for k, v in self.model_dump().items()
-            if k.startswith("sedac_") and k != "sedac_enabled" and v is not None
+            if k.startswith("sedac_") and k not in ("sedac_enabled", "sedac_log_every") and v is not None
         }
         if self.gate and probes:
             raise ValueError(f"gate and {next(iter(probes))} each name a gate: give one")

@@ -46,7 +46,9 @@ class Run:
     skipped_per_layer: list[int] | None = None
     decided_tokens: int = 0
     skip_ratio: float | None = None
-    """Where the layers are not told apart."""
+    """Where the layers are told apart for some of the tokens only, or not at all."""
+    floor_seconds: float | None = None
+    """What the decode steps could not have been faster than (`bench.floor`); None where nobody knows."""
     drafts: dict[str, Any] | None = None
     peak_bytes: int | None = None
     joules: float | None = None
@@ -106,8 +108,18 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "itl_seconds": percentiles([x for run in runs for x in run.itl]),
         "peak_bytes": max(peaks) if peaks else None,
         "joules_per_token": spread(joules),
+        "floor": floor(runs),
     }
     return found | skips(runs) | drafts(runs) | requests(runs)
+
+
+def floor(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """Seconds a decode step could not have been faster than, and which share of the time it took that is."""
+    known = [(run.floor_seconds, run.decode_seconds, run) for run in runs if run.floor_seconds and run.decode_seconds]
+    if not known:
+        return None
+    steps = [least * run.sequences / run.decode_tokens for least, _, run in known]
+    return {"step_seconds": float(np.median(steps)), "share": spread([least / took for least, took, _ in known])}
 
 
 def skips(runs: Sequence[Run]) -> dict[str, Any]:
@@ -116,7 +128,11 @@ def skips(runs: Sequence[Run]) -> dict[str, Any]:
         return {"skip_ratio": _mean([run.skip_ratio for run in runs]), "skip_ratio_per_layer": None}
     tokens = sum(run.decided_tokens for run in counted)
     layers = np.sum([run.skipped_per_layer for run in counted], axis=0) / tokens  # type: ignore[arg-type]
-    return {"skip_ratio": float(layers.mean()), "skip_ratio_per_layer": [float(x) for x in layers]}
+    whole = _mean([run.skip_ratio for run in counted])
+    return {
+        "skip_ratio": float(layers.mean()) if whole is None else whole,
+        "skip_ratio_per_layer": [float(x) for x in layers],
+    }
 
 
 def drafts(runs: Sequence[Run]) -> dict[str, Any]:

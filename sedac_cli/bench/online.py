@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,16 @@ class LoadClient:
     def get(self, path: str) -> dict[str, Any]:
         return self._runner.run(self._whole("GET", path, None))
 
+    def skips(self) -> tuple[float, float] | None:
+        """(MLPs a dense model would have run, MLPs that were not run) since the server started, where it counts them."""
+        root = self.endpoint.base_url.rstrip("/").removesuffix("/v1")
+        try:
+            response = self._runner.run(self._client.get(root + "/metrics"))
+        except self._http.HTTPError:
+            return None
+        mlps, skipped = (_counter(response.text, f"sedac_mlps{part}_total") for part in ("", "_skipped"))
+        return None if response.status_code >= 400 or mlps is None else (mlps, skipped or 0.0)
+
     async def _at_once(self, prompts: list[str], new_tokens: int, at_once: int) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(prompts)
         waiting = iter(range(len(prompts)))
@@ -157,7 +168,10 @@ class LoadClient:
         try:
             response = await self._client.request(method, path, json=body)
             if response.status_code >= 400:
-                raise InputError(f"{where}: {_refusal(response.status_code, response.content)}")
+                said = _refusal(response.status_code, response.content)
+                if response.status_code == 404 and not self.endpoint.base_url.rstrip("/").endswith("/v1"):
+                    said += " (most servers want the URL to end in /v1)"
+                raise InputError(f"{where}: {said}")
             found = json.loads(response.content)
         except self._http.TimeoutException:
             raise InputError(f"{where}: no answer within {self.endpoint.timeout:g} s") from None
@@ -211,6 +225,15 @@ class _Stream:
                 self.times.append(now)
             self.finished = self.finished or choice.get("finish_reason") is not None
         return False
+
+
+def _counter(text: str, name: str) -> float | None:
+    """The sum of a Prometheus counter over its labels."""
+    found = [line.rsplit(" ", 1) for line in text.splitlines() if re.match(rf"{name}[ {{]", line)]
+    try:
+        return sum(float(value) for _, value in found) if found else None
+    except ValueError:
+        return None
 
 
 def http_library() -> Any:

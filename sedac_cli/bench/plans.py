@@ -19,7 +19,10 @@ from sedac_cli.runtime.plan import Plan, make_plan
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.structure import Decoder
 
-EXIT_RATES = [0.2, 0.6, 0.9]  # what the earlier versions aimed at where nothing was said
+# What the earlier versions took where a matrix said nothing.
+LAYERS = [7, 14, 21]
+THRESHOLDS = [0.8, 1.3, 1.7]
+EXIT_RATES = [0.2, 0.6, 0.9]
 
 
 def plan_of(experiment: Experiment, decoder: Decoder, identity: ModelIdentity | None, seed: int) -> Plan:
@@ -40,6 +43,10 @@ def plan_of(experiment: Experiment, decoder: Decoder, identity: ModelIdentity | 
     return Plan(kind(decoder.num_layers, probes, limits), ZeroStandIn())
 
 
+EARLIER = ("sedac", "sedac_adaptive")
+"""Modes whose name alone meant probes at these layers."""
+
+
 def label_of(experiment: Experiment) -> str | None:
     """The gate as a reader of the results should see it."""
     if not experiment.how.needs_gate:
@@ -48,6 +55,7 @@ def label_of(experiment: Experiment) -> str | None:
         return experiment.gate
     given = experiment.model_dump(exclude_none=True)
     parts = {k.removeprefix("sedac_"): v for k, v in given.items() if k.startswith("sedac_") and k != "sedac_enabled"}
+    parts.pop("log_every", None)
     return "probes: " + ", ".join(f"{k}={v}" for k, v in parts.items())
 
 
@@ -68,6 +76,8 @@ def _adapted(experiment: Experiment, decoder: Decoder, identity: ModelIdentity |
 
 def _layers(experiment: Experiment) -> list[int]:
     layers = experiment.sedac_probe_layers or ([] if experiment.sedac_layer is None else [experiment.sedac_layer])
+    if not layers and experiment.mode in EARLIER:
+        layers = LAYERS
     if not layers:
         raise UsageError(
             f"'{experiment.name}' runs in mode '{experiment.mode}' and names no gate",
@@ -80,6 +90,8 @@ def _thresholds(experiment: Experiment, layers: list[int]) -> list[float]:
     found = experiment.sedac_thresholds or (
         [] if experiment.sedac_threshold is None else [experiment.sedac_threshold] * len(layers)
     )
+    if not found and layers == LAYERS:
+        found = THRESHOLDS
     if len(found) != len(layers):
         raise UsageError(f"'{experiment.name}': {len(found)} sedac_thresholds for layers {layers}")
     return found

@@ -6,13 +6,13 @@ found["measures"]["ppl_ratio"], found["intervals"]["ppl_ratio"]
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from sedac_cli.bench.matrix import Quality
+from sedac_cli.bench.tasks import Tasks
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
@@ -21,7 +21,7 @@ from sedac_cli.runtime.plan import Plan
 
 
 def evaluate_quality(
-    loaded: LoadedModel, plan: Plan, corpus: Corpus | None, wanted: Quality, seed: int
+    loaded: LoadedModel, plan: Plan, corpus: Corpus | None, wanted: Quality, seed: int, tasks: Tasks | None = None
 ) -> dict[str, Any] | None:
     found: dict[str, Any] = {}
     if corpus is not None:
@@ -37,45 +37,41 @@ def evaluate_quality(
             # Half as bad as a coin over the vocabulary is no trained model.
             "random_weights": measures["ppl_dense"] > loaded.decoder.vocab_size / 2,
         }
-    if wanted.tasks:
-        found["tasks"] = task_scores(loaded, plan, wanted, seed)
+    if tasks is not None:
+        found["tasks"] = tasks.scores(loaded, plan)
     return found or None
 
 
-def task_scores(loaded: LoadedModel, plan: Plan, wanted: Quality, seed: int) -> dict[str, Any]:
-    """Per task and metric, dense beside gated, by lm-evaluation-harness."""
-    try:
-        run: Any = import_module("sedac_cli.harness.run")
-        model: Any = import_module("sedac_cli.harness.model")
-    except ImportError as error:
-        raise InputError(
-            f"tasks {', '.join(wanted.tasks)}: not available here ({error})", hint="pip install 'sedac[eval]'"
-        ) from None
-    folder = None if wanted.task_folder is None else Path(wanted.task_folder)
-    lm = model.SedacLM(loaded.model, plan, tokenizer=loaded.tokenizer, batch_size=wanted.batch_size)
-    report = run.evaluate_tasks(
-        lm, wanted.tasks, run.EvalOptions(include_path=folder, limit=wanted.task_limit, seed=seed)
-    )
-    return {
-        task.task: {name: {"dense": m.dense, "own": m.gated, "drop": m.drop} for name, m in task.metrics.items()}
-        for task in report.tasks
-    }
+@dataclass(frozen=True)
+class Scored:
+    """A text as a model sees it, all tokens but the first: log-probability in nats, and what the model would have said."""
+
+    logprobs: list[float]
+    best: list[Any] | None = None
+    """Token ids, or their text; None where they are not told."""
 
 
-def quality_from_logprobs(dense: list[list[float]] | None, own: list[list[float]], seed: int) -> dict[str, Any]:
-    """Perplexity from log-probabilities per sequence, beside dense's where there is one and it saw the same tokens."""
+def quality_from_logprobs(dense: list[Scored] | None, own: list[Scored], seed: int) -> dict[str, Any]:
+    """Perplexity, beside dense's where there is one and it saw the same tokens; agreement where both say what they would say."""
     base = own if dense is None else dense
-    if [len(row) for row in base] != [len(row) for row in own]:
+    if [len(row.logprobs) for row in base] != [len(row.logprobs) for row in own]:
         raise InputError("dense and this configuration cut the same text into different tokens: not the same model")
-    tokens = np.array([len(row) for row in own], dtype=np.float64)
-    sums = {name: np.array([-sum(row) for row in rows]) for name, rows in (("nll_dense", base), ("nll_gated", own))}
+    tokens = np.array([len(row.logprobs) for row in own], dtype=np.float64)
+    sums = {
+        name: np.array([-sum(row.logprobs) for row in rows]) for name, rows in (("nll_dense", base), ("nll_gated", own))
+    }
+    pairs = [(a.best, b.best) for a, b in zip(base, own, strict=True) if a.best is not None and b.best is not None]
+    if dense is not None and len(pairs) == len(own):
+        sums["agree"] = np.array([sum(x == y for x, y in zip(a, b, strict=True)) for a, b in pairs], dtype=np.float64)
     picks = np.random.default_rng(seed).integers(0, len(own), size=(1000, len(own)))
 
     def measures(rows: Any) -> dict[str, Any]:
         total = tokens[rows].sum(-1)
         a, b = (sums[name][rows].sum(-1) / total for name in ("nll_dense", "nll_gated"))
-        found = {"ppl_gated": np.exp(b)}
-        return found if dense is None else {"ppl_dense": np.exp(a), **found, "ppl_ratio": np.exp(b - a)}
+        if dense is None:
+            return {"ppl_gated": np.exp(b)}
+        found = {"ppl_dense": np.exp(a), "ppl_gated": np.exp(b), "ppl_ratio": np.exp(b - a)}
+        return found | ({"agreement": sums["agree"][rows].sum(-1) / total} if "agree" in sums else {})
 
     drawn = measures(picks)
     return {

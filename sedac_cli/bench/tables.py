@@ -23,8 +23,8 @@ class Table:
 
 
 def tables(document: dict[str, Any]) -> list[Table]:
-    found = [_speed(document), _latency(document)]
-    for build in (_quality, _tasks, _drafts, _layers, _requests, _crashes):
+    found = []
+    for build in (_speed, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes):
         table = build(document)
         if table.rows:
             found.append(table)
@@ -86,28 +86,30 @@ def _each_cell(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str,
 
 
 def _speed(document: dict[str, Any]) -> Table:
-    rows = [
-        [c["name"], cell["label"], _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
-         _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
-         _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"])]
-        for c, cell in _each_cell(document)
+    """What a step could not be faster than stands beside it where the run knows it."""
+    known = any(cell.get("floor") for _, cell in _each_cell(document))
+    rows = []
+    for c, cell in _each_cell(document):
+        floor = cell.get("floor") or {}
+        share = floor.get("share") or {}
+        rows.append([
+            c["name"], cell["label"], _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
+            _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
+            _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"]),
+            *((_ms(floor.get("step_seconds"), 3), _share(share.get("median"))) if known else ()),
+        ])  # fmt: skip
+    columns = [
+        "configuration", "work", "speed-up", "decode", "prefill", "tokens/s", "decode tok/s", "prefill tok/s", "MLPs skipped",
     ]  # fmt: skip
-    return Table(
-        "speed",
-        [
-            "configuration",
-            "work",
-            "speed-up",
-            "decode",
-            "prefill",
-            "tokens/s",
-            "decode tok/s",
-            "prefill tok/s",
-            "MLPs skipped",
-        ],
-        rows,
-        f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}.",
-    )
+    note = f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}."
+    if known:
+        columns += ["step floor", "of floor"]
+        bandwidth = document["subject"]["read_bytes_per_second"] / 1e12
+        note += (
+            f" Step floor: the bytes a decode step had to read, at the {bandwidth:.2f} TB/s with which this GPU reads (measured "
+            "before the run). Of floor: the floor / the time the step took; 100 % is as fast as reading allows."
+        )
+    return Table("speed", columns, rows, note)
 
 
 def _latency(document: dict[str, Any]) -> Table:
@@ -148,10 +150,23 @@ def _quality(document: dict[str, Any]) -> Table:
 def _tasks(document: dict[str, Any]) -> Table:
     rows = []
     for c in document["configurations"]:
-        for task, scores in ((c["quality"] or {}).get("tasks") or {}).items():
-            for metric, score in scores.items():
-                rows.append([c["name"], task, metric, _number(score["dense"]), _number(score["own"])])
-    return Table("tasks (lm-eval)", ["configuration", "task", "metric", "dense", "own"], rows)
+        for task, found in ((c["quality"] or {}).get("tasks") or {}).items():
+            for metric, score in found["metrics"].items():
+                high, drop = score["higher_is_better"], score["drop"]
+                change = "-" if drop is None else f"{score['own'] - score['dense']:+.4f}" if high else f"{drop:+.2%}"
+                rows.append([
+                    c["name"], task, metric if high else f"{metric} (low)", str(found["documents"]),
+                    _with_error(score["dense"], score["dense_stderr"]), _with_error(score["own"], score["own_stderr"]),
+                    change, *("-" if score[k] is None else str(score[k]) for k in ("worse", "better")),
+                    _share(found["skip_ratio"]),
+                ])  # fmt: skip
+    return Table(
+        "tasks (lm-eval)",
+        ["configuration", "task", "metric", "documents", "dense", "own", "change", "worse", "better", "MLPs skipped"],
+        rows,
+        "+-: standard error as the harness gives it. low: is good, and its change relative. worse, better: documents whose own "
+        "value changed.",
+    )
 
 
 def _drafts(document: dict[str, Any]) -> Table:
@@ -232,12 +247,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value) + ("" if error is None else f" +- {_number(error)}")
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value * 1000:.1f} ms"
+def _ms(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value * 1000:.{digits}f} ms"
 
 
 def _bytes(value: float | None) -> str:

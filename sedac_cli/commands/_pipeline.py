@@ -81,7 +81,9 @@ def build_steps(config: dict[str, Any], folder: Path, where: str, seed: int, qui
         environment = {k: v for k, v in os.environ.items() if k.startswith(f"SEDAC_{name.upper().replace('-', '_')}_")}
         needs = tuple(n for n in NEEDS[name] if n in chosen)
         options = {"argv": argv, "environment": environment}
-        steps.append(Step(name, options, needs, OUTPUTS[name], _sources(told), _runner(name, argv, folder, quiet)))
+        steps.append(
+            Step(name, options, needs, OUTPUTS[name], _sources(told, folder), _runner(name, argv, folder, quiet))
+        )
     return steps
 
 
@@ -171,20 +173,27 @@ def _check(command: Any, name: str, argv: list[str], where: str) -> None:
         raise UsageError(f"{where}: {name}: {error.format_message()}") from None
 
 
-def _sources(told: dict[str, Any]) -> tuple[Path, ...]:
-    """The files behind the model and the text, as far as they are on this machine."""
+def _sources(told: dict[str, Any], folder: Path) -> tuple[Path, ...]:
+    """The files behind the model, the text, gates of one's own and a benchmark's matrix, as far as they are on this machine.
+    What lies in the run's folder is an earlier step's result, and known as that."""
     from sedac_cli.resources import data_dir
 
     found = []
-    for key, folder in (("model", "models"), ("dataset", "text")):
+    for key, place in (("model", "models"), ("dataset", "text"), ("matrix", "matrices")):
         value = str(told.get(key, ""))
         if value.startswith("builtin:"):
-            found.append(
-                data_dir() / folder / value.removeprefix("builtin:") if key == "model" else data_dir() / folder
-            )
-        elif value and Path(value).exists():
+            name = value.removeprefix("builtin:") + (".json" if key == "matrix" else "")
+            found.append(data_dir() / place if key == "dataset" else data_dir() / place / name)
+        elif value:
             found.append(Path(value))
-    return tuple(found)
+    found += [Path(str(told[key])) for key in ("prompts", "task_folder", "include_path") if key in told]
+    for key in ("gate", "gates"):
+        specs = told.get(key) or []
+        for spec in specs if isinstance(specs, list) else str(specs).split(","):
+            found.append(Path(str(spec).partition(":")[2].partition("@")[0] or "."))
+    here = Path().resolve()
+    outside = [path for path in found if not path.resolve().is_relative_to(folder.resolve()) and path.resolve() != here]
+    return tuple(path for path in outside if path.exists())
 
 
 def _runner(name: str, argv: list[str], folder: Path, quiet: bool) -> Any:

@@ -50,6 +50,8 @@ def measure(
     quality_samples: Annotated[int | None, option(
         WORK, "--quality-samples", min=0, help="Samples on which quality is measured; 0 measures none.")] = None,
     tasks: Annotated[str | None, option(WORK, "--tasks", help="lm-eval tasks, scored dense and gated.")] = None,
+    task_folder: Annotated[str | None, option(WORK, "--task-folder", "--include-path", help="Task files (YAML) of your own.")] = None,
+    task_limit: Annotated[int | None, option(WORK, "--task-limit", min=1, help="Documents per task.")] = None,
     url: Annotated[str | None, option(LOAD, "--url", help="Server to measure: http://127.0.0.1:8000/v1")] = None,
     baseline_url: Annotated[str | None, option(LOAD, "--baseline-url", help="A dense server to pair it with.")] = None,
     concurrency: Annotated[str | None, option(LOAD, "--concurrency", help="Requests at once: 1,4,16")] = None,
@@ -61,7 +63,7 @@ def measure(
     min_speedup: Annotated[float | None, option(LIMITS, "--min-speedup", min=0, help="Of every configuration, in every cell.")] = None,
     min_ar: Annotated[float | None, option(LIMITS, "--min-ar", min=0, max=1, help="Acceptance rate of drafts.")] = None,
     min_trr: Annotated[float | None, option(LIMITS, "--min-trr", min=0, max=1, help="Token recovery rate.")] = None,
-    save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for bench.json and report.md.")] = Path("sedac_bench"),
+    save_dir: Annotated[Path, typer.Option("--save-dir", help="Folder for bench.json, report.md and report.html.")] = Path("sedac_bench"),
 ) -> None:  # fmt: skip
     """Measure configurations beside dense: speed in interleaved pairs, quality in the same run, every raw sample kept."""
     from sedac_cli.artifacts.files import folder_lock, make_folder
@@ -84,12 +86,17 @@ def measure(
     }  # fmt: skip
     if dataset is not None and split is None:
         changes["split"] = None if not dataset.startswith("builtin:") else "validation"
-    quality = {"samples": quality_samples, "tasks": tasks.split(",") if tasks else None}
+    quality = {
+        "samples": quality_samples, "tasks": [name.strip() for name in tasks.split(",")] if tasks else None,
+        "task_folder": task_folder, "task_limit": task_limit,
+    }  # fmt: skip
     limits = {"max_ppl_ratio": max_ppl_ratio, "min_agreement": min_agreement, "min_speedup": min_speedup,
               "min_ar": min_ar, "min_trr": min_trr}  # fmt: skip
-    named = named_experiments(gates, modes, draft_tokens, url, baseline_url)
-    if matrix is not None and named:
-        raise UsageError("--matrix already says what to measure: --gates, --modes and --baseline-url do not go with it")
+    if matrix is not None and any(value is not None for value in (gates, modes, draft_tokens, baseline_url)):
+        raise UsageError(
+            "--matrix already says what to measure: --gates, --modes, --draft-tokens and --baseline-url do not go with it"
+        )
+    named = [] if matrix is not None else named_experiments(gates, modes, draft_tokens, url, baseline_url)
     start = read_matrix(matrix).model_dump(exclude_unset=True) if matrix else {}
     document = start | {k: v for k, v in changes.items() if v is not None}
     if dataset is not None:
@@ -100,8 +107,16 @@ def measure(
         document["experiments"] = [{"name": "dense", "mode": "dense"}]
     for part, given in (("quality", quality), ("thresholds", limits)):
         document[part] = document.get(part, {}) | {k: v for k, v in given.items() if v is not None}
-    if url is not None and backend is None and matrix is None:
+    if url is not None and "backend" not in document:
         document["backend"] = "openai"
+    load = {"--url": url, "--concurrency": concurrency, "--request-rates": rates, "--requests": requests,
+            "--request-timeout": request_timeout}  # fmt: skip
+    if document.get("backend", "hf") in ("hf", "vllm") and any(value is not None for value in load.values()):
+        name = next(name for name, value in load.items() if value is not None)
+        raise UsageError(
+            f"{name} is load on a server, --backend {document.get('backend', 'hf')} is none",
+            hint="--backend openai --url ...",
+        )
     if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
         document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
     plan = make_matrix(document, matrix or "the command line")
@@ -134,7 +149,8 @@ def run(out: Output, plan: Matrix, model: ModelSpec, seed: int, save_dir: Path) 
         if table.long:
             continue
         out.table(table.title, table.columns, table.rows, table.caption)
-    out.text(f"wrote {save_dir / 'bench.json'} and {save_dir / 'report.md'}")
+    page = make_page(out, save_dir)
+    out.text(f"wrote {', '.join(str(save_dir / name) for name in ('bench.json', 'report.md', *page))}")
     out.result(found)
     crashed = f"{len(found['crashed'])} of {len(found['configurations'])} configurations crashed: " + ", ".join(
         found["crashed"]
@@ -146,12 +162,40 @@ def run(out: Output, plan: Matrix, model: ModelSpec, seed: int, save_dir: Path) 
         raise InputError(crashed, hint=f"the errors are in the last table and in {save_dir / 'bench.json'}")
 
 
+def make_page(out: Output, save_dir: Path) -> list[str]:
+    """`report.html` of what is in the folder now, where the drawing library is installed. Its failure costs no figure.
+    In the folder of `sedac run` the page is that run's last step."""
+    from sedac_cli.errors import SedacError
+    from sedac_cli.pipeline.steps import STATE
+
+    if (save_dir / STATE).exists():
+        return []
+    try:
+        from sedac_cli.report.make import ReportOptions, make_report
+
+        made = make_report(save_dir, ReportOptions(redraw=True))
+    except ImportError as error:
+        out.note(f"no report.html ({error}): pip install 'sedac[report]', then sedac report {save_dir}")
+        return []
+    except SedacError as error:
+        out.note(f"no report.html: {error.message}")
+        return []
+    for problem in made.problems:
+        out.note(f"report.html: {problem}")
+    return [made.file.name]
+
+
 def named_experiments(
     gates: str | None, modes: str | None, draft_tokens: int | None, url: str | None, baseline_url: str | None
 ) -> list[dict[str, Any]]:
     """What --gates, --modes and --url ask for, in the form of a matrix."""
     from sedac_cli.bench.modes import find_mode
 
+    if url is not None and (gates is not None or modes is not None):
+        raise UsageError(
+            "--url measures a server as it is: its gate is its own",
+            hint="--baseline-url of a dense server beside it; a matrix can ask by request (extra_body)",
+        )
     if baseline_url is not None:
         if url is None:
             raise UsageError("--baseline-url is compared with --url", hint="--url http://127.0.0.1:8000/v1")
@@ -159,7 +203,7 @@ def named_experiments(
             {"name": "dense", "mode": "dense", "base_url": baseline_url},
             {"name": "server", "gate": "of the server", "base_url": url},
         ]
-    if url is not None and gates is None:
+    if url is not None:
         return [{"name": "server", "gate": "of the server"}]
     if gates is None and modes is None:
         if draft_tokens is not None:

@@ -82,11 +82,14 @@ class EvalReport:
 
 
 def evaluate_tasks(
-    lm: SedacLM, tasks: Sequence[str], options: EvalOptions, manager: TaskManager | None = None
-) -> EvalReport:
-    """`manager`: what `find_tasks` found, if it was asked before."""
+    lm: SedacLM, tasks: Sequence[str], options: EvalOptions, manager: TaskManager | None = None,
+    known: dict[str, Any] | None = None,
+) -> EvalReport:  # fmt: skip
+    """`manager`: what `find_tasks` found, if it was asked before. `known`: what the dense model answered, by task; what is
+    missing is added, so that several gates of one model can share it."""
     manager = manager or find_tasks(tasks, options.include_path)
-    reports = [evaluate_task(lm, task, manager, options) for task in tasks]
+    known = {} if known is None else known
+    reports = [evaluate_task(lm, task, manager, options, known) for task in tasks]
     gate = lm.plan.gate
     return EvalReport(lm.loaded.identity, gate.name, plain(gate.parameters()), plain(asdict(options)), reports)
 
@@ -113,10 +116,14 @@ def find_tasks(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
     return manager
 
 
-def evaluate_task(lm: SedacLM, task: str, manager: TaskManager, options: EvalOptions) -> TaskReport:
+def evaluate_task(
+    lm: SedacLM, task: str, manager: TaskManager, options: EvalOptions, known: dict[str, Any]
+) -> TaskReport:
     dense = None
     if options.dense and not lm.plan.gate.trivial:
-        dense = _run(lm, task, manager, options, gated=False)
+        if task not in known:
+            known[task] = _run(lm, task, manager, options, gated=False)
+        dense = known[task]
     lm.reset()
     gated = _run(lm, task, manager, options, gated=True)
     raw = _per_document(gated, "gated")

@@ -26,6 +26,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.path.split("/")[1]
 
     def do_GET(self):
+        if self.path == "/gated/metrics":
+            now = time.monotonic()  # published a second late
+            known = [body for body, at in zip(self.server.bodies, self.server.arrived, strict=True) if at < now - 1]
+            count, gated = len(known), sum("sedac" not in body for body in known)
+            text = f'# HELP x\nsedac_mlps_total {count * 80}.0\nsedac_mlps_skipped_total {{a="1"}} {gated * 20}.0\n'
+            return self.reply(text.replace("total {", "total{").encode())
+        if self.path.endswith("/metrics") or self.path == "/bare/models":
+            return self.reply(b"not found", 404)
         if self.way == "nonsense":
             return self.reply(b"<html>hello</html>")
         row = {"id": MODEL} | ({"max_model_len": CONTEXT} if self.way == "short" else {})
@@ -35,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.bodies.append(body)
+            self.server.arrived.append(time.monotonic())
             number = len(self.server.bodies)
             self.server.active += 1
             self.server.most_at_once = max(self.server.most_at_once, self.server.active)
@@ -96,6 +105,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.way != "nologprobs":
             each = -2.0 - (math.log(1.5) if self.way == "worse" else 0.0)
             found["choices"][0]["logprobs"] = {"token_logprobs": [None, *[each] * len(words)]}
+            if self.way != "notops":  # the worse server would say something else at every fourth place
+                best = ["y" if self.way == "worse" and n % 4 == 0 else "x" for n in range(len(words))]
+                tops = [{"z": -9.0, word: -0.5} for word in best]
+                found["choices"][0]["logprobs"]["top_logprobs"] = [None, *tops]
         self.reply(json.dumps(found).encode())
 
     def event(self, document):
@@ -120,6 +133,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.first, self.between, self.dies_after = first, between, dies_after
         self.bodies: list[dict] = []
+        self.arrived: list[float] = []
         self.active = self.most_at_once = 0
         self.lock = threading.Lock()
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

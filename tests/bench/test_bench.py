@@ -160,6 +160,22 @@ def test_a_crash_is_a_row_and_the_run_goes_on(bench, matrix, monkeypatch):
     assert "the device is on fire" in result.out
 
 
+def test_a_misspelt_gate_is_refused_before_anything_is_measured(bench, matrix):
+    path = matrix(experiments=[{"name": "fine", "gate": "always:3"}, {"name": "typo", "gate": "alwys:3"}])
+    result = bench("--matrix", path, model=False)
+    assert (result.code, "Did you mean 'always'" in result.err) == (2, True)
+    assert not (bench.folder / "bench.json").exists()
+
+
+def test_the_page_beside_the_figures(bench):
+    pytest.importorskip("matplotlib")
+    result = bench("--gates", "always:2")
+    assert str(bench.folder / "report.html") in result.out
+    page = (bench.folder / "report.html").read_text()
+    speedup = bench.document()["configurations"][1]["cells"][0]["speedup"]["median"]
+    assert f"{speedup:.3f}x" in page
+
+
 def test_lossless_modes(bench, matrix):
     experiments = [
         {

@@ -97,3 +97,41 @@ def test_from_the_command_line(sedac, rng, tmp_path):
     assert "schema version 9" in sedac("bench", "compare", a, tmp_path / "c.json").err
     (tmp_path / "c.json").write_text(json.dumps(document(rng, name="other")))
     assert "no configuration in common" in sedac("bench", "compare", a, tmp_path / "c.json").err
+
+
+def drafting(document, accepted):
+    samples = document["configurations"][0]["cells"][0]["samples"]["own"]
+    for sample, count in zip(samples, accepted, strict=True):
+        sample["drafts"] = {"accepted": count, "proposed": 20, "verify_tokens": 25}
+    return document
+
+
+def test_drafts_that_are_accepted_less_often(rng):
+    a, b = drafting(document(rng), [15, 16] * 4), drafting(document(rng), [9, 10] * 4)
+    found = {c.figure: c for c in compare_documents(a, b).changes}
+    assert (found["AR"].before, found["AR"].after) == (15.5 / 20, 9.5 / 20)
+    assert (found["AR"].verdict, found["TRR"].verdict) == ("worse", "worse")
+    found = compare_documents(drafting(a, [0] * 8), b)
+    assert "no ratio: gate, batch 1: AR was 0 and is 0.475" in found.only_in_one
+    json.dumps([c.ratio for c in found.changes], allow_nan=False)
+
+
+def with_task(document, right, kind="acc,none"):
+    rows = [{"doc": i, "gated": {kind: float(i in right)}} for i in range(200)]
+    score = {"own": len(right) / 200, "higher_is_better": True}
+    document["configurations"][0]["quality"]["tasks"] = {"arc": {"metrics": {kind: score}, "samples": {"arc": rows}}}
+    return document
+
+
+def test_scores_of_tasks_document_by_document(rng):
+    a = with_task(document(rng), set(range(160)))
+    (found,) = [c for c in compare_documents(a, with_task(document(rng), set(range(120)))).changes if c.where == "arc"]
+    assert (found.figure, found.before, found.after, found.verdict) == ("acc,none", 0.8, 0.6, "worse")
+    (found,) = [
+        c for c in compare_documents(a, with_task(document(rng), {*range(158), 170, 171})).changes if c.where == "arc"
+    ]
+    assert found.verdict == "noise"
+    odd = with_task(document(rng), set(range(120)))
+    odd["configurations"][0]["quality"]["tasks"]["arc"]["samples"]["arc"][0]["gated"]["acc,none"] = [1, 2]
+    (found,) = [c for c in compare_documents(a, odd).changes if c.where == "arc"]
+    assert (found.verdict, found.low) == ("too few samples", None)

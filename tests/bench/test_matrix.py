@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from sedac_cli.bench import plans
 from sedac_cli.bench.matrix import make_matrix, read_matrix, ready_matrices
 from sedac_cli.bench.modes import ALIASES, MODES, find_mode
 from sedac_cli.bench.plans import plan_of
@@ -32,6 +33,22 @@ def test_the_form_of_the_earlier_versions():
     assert matrix.experiments[2].drafts.num_speculative_tokens == 3
 
 
+def test_values_as_the_earlier_versions_wrote_them():
+    """Lists as their environment variables have them, an empty speculative_config, and defaults for `sedac` modes."""
+    written = {"name": "a", "mode": "sedac", "sedac_probe_layers": "7, 14,21", "sedac_thresholds": "0.8,1.0,1.2",
+               "speculative_config": {}, "sedac_log_every": 50}  # fmt: skip
+    (found,) = make_matrix({"experiments": [written]}, "m").experiments
+    assert (found.sedac_probe_layers, found.sedac_thresholds) == ([7, 14, 21], [0.8, 1.0, 1.2])
+    assert found.speculative_config is None
+    (bare,) = make_matrix({"experiments": [{"name": "a", "mode": "sedac"}]}, "m").experiments
+    assert plans._layers(bare) == [7, 14, 21]
+    assert plans._thresholds(bare, [7, 14, 21]) == [0.8, 1.3, 1.7]
+    with pytest.raises(UsageError, match="names no gate"):
+        plans._layers(make_matrix({"experiments": [{"name": "a"}]}, "m").experiments[0])
+    with pytest.raises(UsageError, match="sedac_exit_rates"):
+        make_matrix({"experiments": [{"name": "a", "sedac_exit_rates": "0.2,many"}]}, "m")
+
+
 @pytest.mark.parametrize("name", ["speed", "quality", "gates", "speculation"])
 def test_ready_matrices(name, builtin):
     matrix = read_matrix(f"builtin:{name}")
@@ -56,7 +73,7 @@ def test_ready_matrices(name, builtin):
         ),
         ({"thresholds": {"max_ppl": 1}}, "unknown key 'thresholds.max_ppl'. Did you mean 'max_ppl_ratio'?"),
         ({"experiments": [{"name": "a", "gate": "never", "sedac_layer": 2}]}, "each name a gate: give one"),
-        ({"experiments": [{"name": "a", "speculative_config": {}}]}, "makes no drafts"),
+        ({"experiments": [{"name": "a", "speculative_config": {"num_speculative_tokens": 2}}]}, "makes no drafts"),
         (
             {"experiments": [{"name": "a", "mode": "ngram", "speculative_config": {"method": "eagle"}}]},
             "method 'eagle' is not what mode 'ngram' does (ngram)",
@@ -121,7 +138,7 @@ def test_fixed_cascade_and_adaptive_gates_from_keys(tiny, collected):
 @pytest.mark.parametrize(
     ("keys", "said", "kind"),
     [
-        ({}, "names no gate", UsageError),
+        ({}, "no such file", InputError),  # the layers of the earlier versions
         (
             {"sedac_layer": 2, "sedac_threshold": 1.0, "sedac_probe_rank": 64},
             "has rank 8, sedac_probe_rank says 64",

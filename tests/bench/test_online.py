@@ -128,9 +128,24 @@ def test_two_servers_under_the_same_load(sedac, server, tmp_path):
     assert 0.3 < own["cells"][0]["speedup"]["median"] < 3
     assert "speedup" not in own["cells"][2]
     assert own["quality"]["measures"]["ppl_ratio"] == pytest.approx(1.5)
+    counted = [int(tokens) for tokens in own["quality"]["per_sequence"]["tokens"]]
+    others = sum(-(-count // 4) for count in counted)  # every fourth place, from the first
+    assert own["quality"]["measures"]["agreement"] == pytest.approx(1 - others / sum(counted))
     lengths = {len(body["prompt"]) for body in server.bodies if not body.get("echo")}
     assert lengths == {32, 64}
     assert "requests/s" in result.out
+
+
+def test_a_server_that_tells_no_alternatives_has_no_agreement(sedac, server, tmp_path):
+    assert (
+        bench(
+            sedac, tmp_path, "--url", server.url("notops"), "--baseline-url", server.url(), "--quality-samples", 2
+        ).code
+        == 0
+    )
+    measures = document(tmp_path)["configurations"][1]["quality"]["measures"]
+    assert measures["ppl_ratio"] == pytest.approx(1.0)
+    assert "agreement" not in measures
 
 
 def test_a_failing_server_is_in_the_table_and_no_success(sedac, server, tmp_path):
@@ -163,10 +178,12 @@ def test_one_dead_server_of_two(sedac, server, tmp_path):
         ("nonsense", (), "answered something that is not JSON: <html>hello</html>"),
         ("short", ("--prompt-lengths", "300"), "prompts of 300 tokens and 4 new ones exceed the server's 200"),
         ("ok", ("--model", "other"), "serves fake, not 'other'"),
+        ("bare", (), "(most servers want the URL to end in /v1)"),
     ],
 )
 def test_clear_lines(sedac, server, tmp_path, way, args, said):
-    result = bench(sedac, tmp_path, "--url", server.url(way), *args)
+    url = server.url(way).removesuffix("/v1") if way == "bare" else server.url(way)
+    result = bench(sedac, tmp_path, "--url", url, *args)
     assert result.code == 3
     assert said in document(tmp_path)["configurations"][0]["errors"][0]["error"]
 
@@ -175,3 +192,26 @@ def test_what_makes_no_sense_is_refused_at_once(sedac, tmp_path):
     assert "is not a URL" in bench(sedac, tmp_path, "--url", "localhost:8000").err
     assert "names no server" in bench(sedac, tmp_path, "--backend", "openai").err
     assert bench(sedac, tmp_path, "--backend", "opneai").code == 2
+    url = ("--url", "http://127.0.0.1:9/v1")
+    assert "its gate is its own" in bench(sedac, tmp_path, *url, "--gates", "always:2").err
+    assert "--requests is load on a server" in bench(sedac, tmp_path, "--gates", "never").err
+    matrix = tmp_path / "m.json"
+    matrix.write_text(json.dumps({"experiments": [{"name": "a", "mode": "dense"}, {"name": "b", "gate": "always:2"}]}))
+    refused = bench(sedac, tmp_path, *url, "--matrix", matrix)
+    assert (refused.code, "'a' and 'b' ask the same of the same server" in refused.err) == (2, True)
+
+
+def test_one_server_asked_in_two_ways(sedac, server, tmp_path):
+    matrix = tmp_path / "m.json"
+    ways = [
+        {"name": "dense", "mode": "dense", "extra_body": {"sedac": {"dense": True}}},
+        {"name": "own", "gate": "of the server"},
+    ]
+    matrix.write_text(json.dumps({"experiments": ways, "quality": {"samples": 0}}))
+    result = bench(sedac, tmp_path, "--url", server.url("gated"), "--matrix", matrix)
+    assert (result.code, result.err) == (0, "")
+    assert {body.get("sedac", {}).get("dense") for body in server.bodies} == {True, None}
+    dense, own = document(tmp_path)["configurations"]
+    assert own["summary"]["speedup"]
+    # As the server counts them, each run its own, though they are published a second late.
+    assert (dense["summary"]["skip_ratio"], own["summary"]["skip_ratio"]) == (0.0, pytest.approx(0.25))

@@ -190,6 +190,28 @@ def test_other_peoples_folders_are_left_alone(started, copied, sedac):
     assert "sedac demo" in started.result.err
 
 
+def test_a_benchmark_is_measured_once_and_again_when_its_matrix_changes(started, tmp_path):
+    """The gate that distill made is measured; its file is an earlier step's, a matrix is a source."""
+    work = {"prompt-lengths": [8], "new-tokens": 3, "repeats": 2, "quality-samples": 2, "dataset": str(started.text)}
+    without = {"collect": None, "train-probes": None, "calibrate": None, "validate": None}
+    distill = {"dataset": str(started.text), "steps": 2, "rank": 4, "batch-size": 4, "samples": 20, "target-skip": 0.25}
+    assert started(**without, distill=distill, bench=work) == ["distill", "bench", "report"]
+    dense, own = started.steps["bench"]["result"]["configurations"]
+    assert (dense["name"], own["name"].partition(":")[0]) == ("dense", "learned")
+    assert own["summary"]["speedup"] > 0
+    assert f"{own['summary']['speedup']:.3f}x" in (started.folder / "report.html").read_text()
+    assert started(**without, distill=distill, bench=work) == []
+    matrix = tmp_path / "m.json"
+    matrix.write_text(json.dumps({"experiments": [{"name": "two", "gate": "always:2"}]}))
+    told = work | {"matrix": str(matrix), "max-ppl-ratio": 0.5}
+    assert started(code=1, **without, distill=distill, bench=told) == ["bench", "report"]
+    assert "bench: limit missed: two: ppl ratio" in started.result.err
+    started(code=1, **without, distill=distill, bench=told)
+    assert [step["kept"] for step in started.steps.values()] == [True] * 3
+    matrix.write_text(json.dumps({"experiments": [{"name": "three", "gate": "always:3"}]}))
+    assert started(code=1, **without, distill=distill, bench=told) == ["bench", "report"]
+
+
 def test_an_unknown_step_is_not_forced(started):
     started("--force", "calibrat", code=2)
     assert "Did you mean 'calibrate'" in started.result.err

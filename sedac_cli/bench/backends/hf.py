@@ -16,11 +16,13 @@ import torch
 
 from sedac_cli.artifacts.files import plain
 from sedac_cli.bench.backends import Cell, Session, offline_cells
+from sedac_cli.bench.floor import StepReads, read_bandwidth
 from sedac_cli.bench.machine import Meter
 from sedac_cli.bench.matrix import Experiment, Matrix
 from sedac_cli.bench.metrics import Run, gaps
 from sedac_cli.bench.plans import plan_of
 from sedac_cli.bench.quality import evaluate_quality
+from sedac_cli.bench.tasks import Tasks
 from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
@@ -36,8 +38,9 @@ BASELINES = {
 
 
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> HuggingFace:
+    tasks = Tasks(matrix.quality, seed) if matrix.quality.tasks else None
     loaded = load_model(model)
-    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded), seed)
+    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded), seed, tasks)
 
 
 def pick_engine(wanted: str, loaded: LoadedModel) -> str:
@@ -64,10 +67,22 @@ class HuggingFace:
     name = "hf"
     one_at_a_time = False
 
-    def __init__(self, matrix: Matrix, loaded: LoadedModel, engine: str, seed: int):
-        self.matrix, self.loaded, self.engine, self.seed = matrix, loaded, engine, seed
+    def __init__(self, matrix: Matrix, loaded: LoadedModel, engine: str, seed: int, tasks: Tasks | None = None):
+        self.matrix, self.loaded, self.engine, self.seed, self.tasks = matrix, loaded, engine, seed, tasks
         self.tokenizer = loaded.tokenizer
         self.baseline = BASELINES[engine]
+        for experiment in matrix.experiments:
+            self._check(experiment)
+        graphs = "graph" in (engine, *(experiment.engine for experiment in matrix.experiments))
+        self.bandwidth = read_bandwidth(loaded.device) if graphs else None
+
+    def _check(self, experiment: Experiment) -> None:
+        """What is misspelt is refused before an hour of measuring; a file that is not there is that configuration's crash."""
+        with contextlib.suppress(InputError):
+            self._plan(experiment)
+
+    def _plan(self, experiment: Experiment) -> Plan:
+        return plan_of(experiment, self.loaded.decoder, self.loaded.identity, self.seed)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -76,6 +91,7 @@ class HuggingFace:
             "device": str(self.loaded.device),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "engine": self.engine,
+            "read_bytes_per_second": self.bandwidth,
         }
 
     def cells(self) -> list[Cell]:
@@ -87,7 +103,7 @@ class HuggingFace:
     @contextlib.contextmanager
     def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
         engine = self.engine if experiment.engine is None else pick_engine(experiment.engine, self.loaded)
-        plan = plan_of(experiment, self.loaded.decoder, self.loaded.identity, self.seed)
+        plan = self._plan(experiment)
         session: Session
         if experiment.how.loop:
             if engine == "graph" and experiment.engine == "graph":
@@ -98,7 +114,7 @@ class HuggingFace:
 
             session = DraftingSession(self.loaded, plan, experiment)
         elif engine == "graph":
-            session = GraphSession(self.loaded, plan, cell)
+            session = GraphSession(self.loaded, plan, cell, self.bandwidth)
         else:
             session = EagerSession(self.loaded, None if experiment.is_baseline else plan)
         try:
@@ -109,8 +125,8 @@ class HuggingFace:
                 torch.cuda.empty_cache()
 
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
-        plan = plan_of(experiment, self.loaded.decoder, self.loaded.identity, self.seed)
-        return evaluate_quality(self.loaded, plan, corpus, self.matrix.quality, self.seed)
+        plan = self._plan(experiment)
+        return evaluate_quality(self.loaded, plan, corpus, self.matrix.quality, self.seed, self.tasks)
 
     def close(self) -> None:
         pass
@@ -186,12 +202,12 @@ class GraphSession:
 
     engine = "graph"
 
-    def __init__(self, loaded: LoadedModel, plan: Plan, cell: Cell):
+    def __init__(self, loaded: LoadedModel, plan: Plan, cell: Cell, bandwidth: float | None):
         graph = import_module("sedac_cli.runtime.graph")
         assert cell.prompt_length is not None
         # Text that is decoded and read again may come out a few tokens longer.
         room = cell.prompt_length + cell.prompt_length // 8 + 8 + cell.new_tokens
-        self.loaded = loaded
+        self.loaded, self.bandwidth, self.reads = loaded, bandwidth, StepReads.of(loaded, plan)
         self.engine_object = graph.GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
@@ -210,6 +226,9 @@ class GraphSession:
             made = self.engine_object.generate(prompts, options, on_tokens=seen)
             ended = time.perf_counter()
         steps = self.engine_object.last
+        floor = None
+        if self.bandwidth:
+            floor = self.reads.bytes_of(steps.ran, made.prompt_tokens, len(prompts)) / self.bandwidth
         return Run(
             seconds=ended - began,
             prompt_tokens=made.prompt_tokens,
@@ -222,6 +241,7 @@ class GraphSession:
             skip_ratio=made.skip_ratio,
             skipped_per_layer=((~steps.ran).sum(dim=0) * len(prompts)).tolist(),
             decided_tokens=steps.steps * len(prompts),
+            floor_seconds=floor,
             peak_bytes=meter.peak_bytes,
             joules=meter.joules,
             tokens=[[token.token for token in row] for row in made.tokens],

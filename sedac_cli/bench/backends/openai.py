@@ -4,6 +4,7 @@ configuration is a server (`base_url`) or something one request can ask for (`ex
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from sedac_cli.bench.backends import Cell, Session
 from sedac_cli.bench.matrix import Experiment, Matrix
 from sedac_cli.bench.metrics import Run
 from sedac_cli.bench.online import Endpoint, LoadClient
-from sedac_cli.bench.quality import quality_from_logprobs
+from sedac_cli.bench.quality import Scored, quality_from_logprobs
 from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError, UsageError
@@ -33,13 +34,21 @@ class OpenAI:
 
     def __init__(self, matrix: Matrix, seed: int):
         self.matrix, self.seed = matrix, seed
-        self._dense: list[list[float]] | None = None
+        self._dense: list[Scored] | None = None
+        asked: dict[str, str] = {}
         for experiment in matrix.experiments:
             if experiment.how.loop:
                 raise UsageError(
                     f"'{experiment.name}': drafts are the server's own matter, mode '{experiment.mode}' is not ours"
                 )
-            self._url(experiment)
+            what = json.dumps([self._url(experiment), experiment.extra_body], sort_keys=True)
+            if what in asked:
+                raise UsageError(
+                    f"'{asked[what]}' and '{experiment.name}' ask the same of the same server: a gate named here does not "
+                    "reach it",
+                    hint="a base_url or an extra_body of its own",
+                )
+            asked[what] = experiment.name
 
     def describe(self) -> dict[str, Any]:
         return {"model": self.matrix.base_model, "engine": "server", "device": None, "dtype": None}
@@ -62,9 +71,11 @@ class OpenAI:
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
         """Perplexity of the prompts, from the server's own log-probabilities of them."""
         if self.matrix.quality.tasks:
-            raise InputError("lm-eval tasks are run by --backend hf and vllm", hint="lm_eval --model local-completions")
+            raise InputError(
+                "lm-eval tasks are run by --backend hf", hint="lm_eval --model local-completions for a server"
+            )
         with self._client(experiment) as client:
-            own = [_logprobs(client, prompt) for prompt in prompts]
+            own = [_scored(client, prompt) for prompt in prompts]
         if experiment.is_baseline:
             self._dense = own
         return quality_from_logprobs(self._dense, own, self.seed)
@@ -97,6 +108,9 @@ class OpenAI:
             yield client
 
 
+SETTLE = 1.2  # seconds; a gated vLLM publishes its counters once a second
+
+
 class ServerSession:
     engine = "server"
 
@@ -104,9 +118,12 @@ class ServerSession:
         self.client, self.cell, self.seed = client, cell, seed
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
+        before = self.client.skips()  # settled: what ran before this run has waited for its own
         began = time.perf_counter()
         answers = self.client.load(prompts, new_tokens, at_once=self.cell.batch, rate=self.cell.rate, seed=self.seed)
         seconds = time.perf_counter() - began
+        after = None if before is None else self._settled()
+        decided = after[0] - before[0] if before and after else 0.0
         done = [answer for answer in answers if answer.request.error is None]
         return Run(
             seconds=seconds,
@@ -117,8 +134,19 @@ class ServerSession:
             ttft=[answer.request.ttft for answer in done if answer.request.ttft is not None],
             itl=[gap for answer in done for gap in answer.gaps],
             sequences=len(done),
+            skip_ratio=(after[1] - before[1]) / decided if before and after and decided > 0 else None,
             requests=[answer.request for answer in answers],
         )
+
+    def _settled(self) -> tuple[float, float] | None:
+        """The server's counters once they stand still: published late, a run's skips would be the next one's."""
+        found = self.client.skips()
+        for _ in range(5):
+            time.sleep(SETTLE)
+            found, before = self.client.skips(), found
+            if found == before:
+                break
+        return found
 
     def close(self) -> None:
         pass
@@ -136,22 +164,17 @@ def _pick_model(served: Any, wanted: str, url: str) -> tuple[str, int | None]:
     return name, room if isinstance(room, int) else None
 
 
-def _logprobs(client: LoadClient, prompt: str) -> list[float]:
-    """Of every token of the prompt but the first, in nats."""
-    body = {
-        "model": client.endpoint.model,
-        "prompt": prompt,
-        "max_tokens": 1,
-        "temperature": 0,
-        "echo": True,
-        "logprobs": 1,
-    }
-    found = client.post("completions", body | client.endpoint.extra_body)
+def _scored(client: LoadClient, prompt: str) -> Scored:
+    """Every token of the prompt but the first."""
+    asked = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    found = client.post(
+        "completions", {"model": client.endpoint.model, "prompt": prompt, **asked, **client.endpoint.extra_body}
+    )
     try:
-        row = found["choices"][0]["logprobs"]["token_logprobs"]
-        count = found["usage"]["prompt_tokens"]
-    except (KeyError, IndexError, TypeError):
-        row, count = None, None
+        told = found["choices"][0]["logprobs"]
+        row, count, tops = told["token_logprobs"], found["usage"]["prompt_tokens"], told.get("top_logprobs")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        row, count, tops = None, None, None
     if not isinstance(row, list) or not isinstance(count, int) or len(row) < count or count < 2:
         raise InputError(
             f"{client.endpoint.base_url} gives no log-probabilities of a prompt (echo with logprobs): "
@@ -161,4 +184,14 @@ def _logprobs(client: LoadClient, prompt: str) -> list[float]:
     values = row[1:count]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         raise InputError(f"{client.endpoint.base_url} gives log-probabilities that are not numbers")
-    return [float(value) for value in values]
+    return Scored([float(value) for value in values], _best(tops, count))
+
+
+def _best(tops: Any, count: int) -> list[str] | None:
+    """The text of the most likely token at each place; servers that tell none have no agreement."""
+    rows = tops[1:count] if isinstance(tops, list) else []
+    if len(rows) != count - 1 or not all(isinstance(row, dict) and row for row in rows):
+        return None
+    if not all(isinstance(value, int | float) for row in rows for value in row.values()):
+        return None
+    return [max(row, key=lambda text: (row[text], text)) for row in rows]

@@ -7,14 +7,16 @@ caching is off, for a prompt that was seen before would cost nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from sedac_cli.bench.backends import Cell, Session, offline_cells
+from sedac_cli.bench.machine import Meter
 from sedac_cli.bench.matrix import Experiment, Matrix
 from sedac_cli.bench.metrics import Run
-from sedac_cli.bench.quality import quality_from_logprobs
+from sedac_cli.bench.quality import Scored, quality_from_logprobs
 from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError, UsageError
@@ -28,6 +30,7 @@ OWN_DRAFTS = {"ngram": "ngram"}
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> VLLM:
     if not installed():
         raise InputError("vLLM is not installed", hint="pip install 'sedac[vllm]', or --backend hf")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for results
     return VLLM(matrix, model, seed)
 
 
@@ -42,7 +45,7 @@ class VLLM:
         self.tokenizer = _tokenizer(self.path, model)
         self._dense: Any = None
         self._own: tuple[str, Any] | None = None
-        self._dense_logprobs: list[list[float]] | None = None
+        self._dense_scored: list[Scored] | None = None
         for experiment in matrix.experiments:
             engine_options(experiment)
 
@@ -68,14 +71,15 @@ class VLLM:
 
         if self.matrix.quality.tasks:
             raise InputError("lm-eval tasks are run by --backend hf", hint="--backend hf --tasks ...")
-        wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         own = []
         for output in self._engine(experiment).generate(prompts, wanted, use_tqdm=False):
-            ids, found = output.prompt_token_ids, output.prompt_logprobs
-            own.append([row[token].logprob for token, row in zip(ids[1:], found[1:], strict=True)])
+            rows = output.prompt_logprobs[1:]
+            told = [row[token].logprob for token, row in zip(output.prompt_token_ids[1:], rows, strict=True)]
+            own.append(Scored(told, [_most_likely(row) for row in rows]))
         if experiment.is_baseline:
-            self._dense_logprobs = own
-        return quality_from_logprobs(self._dense_logprobs, own, self.seed)
+            self._dense_scored = own
+        return quality_from_logprobs(self._dense_scored, own, self.seed)
 
     def close(self) -> None:
         self._dense = self._own = None
@@ -115,7 +119,10 @@ class VLLMSession:
     engine = "vllm"
 
     def __init__(self, llm: Any, experiment: Experiment):
+        import torch
+
         self.llm, self.experiment = llm, experiment
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
         from vllm import SamplingParams
@@ -123,9 +130,10 @@ class VLLMSession:
         gated = self.experiment.how.needs_gate
         before, drafted = (_status(self.llm) if gated else None), _drafted(self.llm)
         wanted = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-        began = time.perf_counter()
-        outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
-        seconds = time.perf_counter() - began
+        with Meter(self.device) as meter:
+            began = time.perf_counter()
+            outputs = self.llm.generate(prompts, wanted, use_tqdm=False)
+            seconds = time.perf_counter() - began
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         made = sum(map(len, tokens))
         first = [x for x in (getattr(o.metrics, "first_token_latency", None) for o in outputs) if x]
@@ -144,6 +152,7 @@ class VLLMSession:
             skipped_per_layer=skipped,
             decided_tokens=decided,
             drafts=_drafts(drafted, _drafted(self.llm), made, len(outputs)) if self.experiment.how.draft else None,
+            joules=meter.joules,  # peak memory is what vLLM was told to take: no measurement
             tokens=tokens,
         )
 
@@ -214,6 +223,11 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[int
     return skipped, after["tokens"] - before["tokens"]
 
 
+def _most_likely(row: dict[int, Any]) -> int:
+    """A row holds the text's own token and the most likely one; of equals the first, so that dense and gated choose alike."""
+    return min(row, key=lambda token: (-row[token].logprob, token))
+
+
 def _mean_gap(output: Any) -> float | None:
     """vLLM tells when a request's first and last token came, not those between."""
     m, count = output.metrics, len(output.outputs[0].token_ids)
@@ -222,7 +236,7 @@ def _mean_gap(output: Any) -> float | None:
 
 
 def _drafted(llm: Any) -> dict[str, int]:
-    names = {"num_drafts": "verify_steps", "num_draft_tokens": "proposed", "num_accepted_tokens": "accepted"}
+    names = {"num_draft_tokens": "proposed", "num_accepted_tokens": "accepted"}
     found = dict.fromkeys(names.values(), 0)
     for metric in llm.get_metrics():
         name = metric.name.removeprefix("vllm:spec_decode_")
@@ -232,10 +246,13 @@ def _drafted(llm: Any) -> dict[str, int]:
 
 
 def _drafts(before: dict[str, int], after: dict[str, int], made: int, sequences: int) -> dict[str, Any]:
-    """vLLM counts only the steps that had drafts; all tokens after the first of each sequence come from steps."""
-    return {name: after[name] - before[name] for name in after} | {
-        "verify_tokens": made - sequences, "draft_skip_ratio": 0.0, "break_even_measured": None,
-        "break_even_flops": None, "near_ties": 0, "identical": None, "sequences": sequences,
+    """vLLM counts only the steps that had drafts. All tokens after the first of each sequence come from steps, and every step
+    of a sequence gives one token of the verifier's own besides the accepted ones."""
+    counted = {name: after[name] - before[name] for name in after}
+    tokens = made - sequences
+    return counted | {
+        "verify_steps": max(0, tokens - counted["accepted"]), "verify_tokens": tokens, "draft_skip_ratio": 0.0,
+        "break_even_measured": None, "break_even_flops": None, "near_ties": 0, "identical": None, "sequences": sequences,
     }  # fmt: skip
 
 

@@ -1,0 +1,113 @@
+"""The floor of a decode step, against bytes counted by hand."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from sedac_cli.bench.backends import Cell
+from sedac_cli.bench.backends.hf import GraphSession
+from sedac_cli.bench.floor import StepReads, read_bandwidth
+from sedac_cli.bench.metrics import Run, summarize
+from sedac_cli.bench.tables import tables
+from sedac_cli.gates.learned import LearnedGate, Router
+from sedac_cli.gates.simple import NeverGate
+from sedac_cli.runtime import graph
+from sedac_cli.runtime.plan import Plan, make_plan
+from sedac_cli.standins import ZeroStandIn
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+
+# The `tiny` model: 4 layers of hidden 32, intermediate 48, 4 heads and 2 key-value heads of 8; float32.
+MLP = 3 * 32 * 48 * 4
+ATTENTION = (32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32) * 4  # q with bias, k and v with bias, o
+NORMS = 2 * 32 * 4
+POSITION = 4 * 2 * 2 * 8 * 4
+
+
+@pytest.fixture
+def head(tiny):
+    return tiny.decoder.vocab_size * 32 * 4
+
+
+def test_what_a_step_reads(tiny, head):
+    reads = StepReads.of(tiny, Plan(NeverGate(4), ZeroStandIn()))
+    assert reads.mlp == (MLP,) * 4
+    assert reads.standin == (0,) * 4
+    assert reads.always == 4 * (ATTENTION + NORMS) + head
+    assert reads.position == POSITION
+
+
+def test_deciding_and_standing_in_are_read_too(tiny, head):
+    routers = {layer: Router(32, 2) for layer in range(4)}
+    standins = LowRankStandIns({layer: LowRank(32, 6) for layer in range(4)})
+    reads = StepReads.of(tiny, Plan(LearnedGate(4, routers, 0.0), standins))
+    assert reads.standin == (2 * 6 * 32 * 4,) * 4
+    router = (32 + 1 + 2 * 32 + 2) * 4
+    assert reads.always == 4 * (ATTENTION + NORMS + router) + head
+
+
+def test_steps_add_up():
+    reads = StepReads(always=100, mlp=(10, 20), standin=(1, 2), position=3)
+    ran = torch.tensor([[True, True], [True, False], [False, False]])
+    # Two rows of 5 positions: 12, 14 and 16 are read.
+    assert reads.bytes_of(ran, positions=10, rows=2) == 300 + (30 + 10 + 2 + 1 + 2) + 3 * (12 + 14 + 16)
+    assert reads.bytes_of(ran[:0], positions=10, rows=2) == 0
+
+
+def test_experts_of_one_token_only(tmp_path):
+    from conftest import save_tiny
+
+    from sedac_cli.models import load_model
+
+    folder = save_tiny(tmp_path / "m", "mixtral", num_local_experts=4, num_experts_per_tok=1)
+    loaded = load_model(str(folder))
+    reads = StepReads.of(loaded, Plan(NeverGate(4), ZeroStandIn()))
+    experts = 4 * 3 * 32 * 48 * 4
+    whole = sum(p.numel() * 4 for p in loaded.decoder.branches[0].entry.parameters())
+    assert reads.mlp[0] == whole - experts + experts // 4
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
+    monkeypatch.setattr(graph, "GraphEngine", partial(graph.GraphEngine, capture=False))
+    plan = make_plan("always:2", tiny.decoder, tiny.identity)
+    session = GraphSession(tiny, plan, Cell(rows, 24, 5), bandwidth=1e6)
+    run = session.run(["the sea"] * rows, 5)
+    length = run.prompt_tokens // rows
+    step = session.reads.always + 2 * MLP
+    expected = sum(step + rows * (length + n) * POSITION for n in (1, 2, 3, 4)) / 1e6
+    assert run.floor_seconds == pytest.approx(expected)
+    found = summarize([run])["floor"]
+    assert found["step_seconds"] == pytest.approx(expected / 4)
+    assert found["share"]["median"] == pytest.approx(expected / run.decode_seconds)
+    assert GraphSession(tiny, plan, Cell(rows, 24, 5), None).run(["the sea"] * rows, 5).floor_seconds is None
+
+
+def test_the_table_has_it_only_where_it_is_known():
+    run = Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1], floor_seconds=0.25)
+
+    def columns(*runs):
+        cell = {"label": "batch 1", **summarize(runs)}
+        document = {"configurations": [{"name": "dense", "cells": [cell], "quality": None, "errors": []}], "baseline": "x",
+                    "subject": {"read_bytes_per_second": 4e12}, "matrix": {"dataset": "x"}, "random_weights": False}  # fmt: skip
+        table = tables(document)[0]
+        return dict(zip(table.columns, table.rows[0], strict=True)), table.caption
+
+    row, caption = columns(run)
+    assert (row["step floor"], row["of floor"]) == ("62.500 ms", "25.0%")
+    assert "4.00 TB/s" in caption
+    row, caption = columns(Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1]))
+    assert "of floor" not in row
+    assert "TB/s" not in caption
+
+
+def test_no_bandwidth_without_a_gpu():
+    assert read_bandwidth(torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_bandwidth_of_this_gpu_is_a_gpu_s():
+    assert 1e11 < read_bandwidth(torch.device("cuda")) < 2e13
