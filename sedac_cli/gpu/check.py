@@ -17,8 +17,8 @@ from pathlib import Path
 
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
-from sedac_cli.gpu.entropy import FEW, MANY, WARPS, Form, form_constants
-from sedac_cli.gpu.probe import ROUTER_SLICE, TileShape, shared_bytes
+from sedac_cli.gpu.entropy import FEW, MANY
+from sedac_cli.gpu.probe import FOUR, ROUTER_SLICE, TWO, shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -30,17 +30,17 @@ LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "
 
 def architectures(chosen: Sequence[str], constants: dict[str, int]) -> list[str]:
     """Where a form runs: warpgroup products are Hopper's alone."""
-    if constants.get("WGMMA"):
+    if "CLUSTER" in constants:
         return ["sm_90a"] if "sm_90" in chosen else []
     return list(chosen)
 
 
 def forms() -> Iterator[tuple[str, dict[str, int]]]:
     """Every (family, constants) the wrappers can ask for, up to sizes that only change a loop's length."""
-    for t, (group, form) in product(range(3), ((1, MANY), (WARPS, FEW))):
-        yield "entropy", {"T": t, "DECISION": 0} | form_constants(group, form)
+    for t, form in product(range(3), (MANY, FEW)):
+        yield "entropy", {"T": t, "DECISION": 0} | form.constants
         for ht in range(3):
-            yield "entropy", {"T": t, "HT": ht, "DECISION": 1} | form_constants(group, form)
+            yield "entropy", {"T": t, "HT": ht, "DECISION": 1} | form.constants
     for t in range(3):
         for size, ranks in ((1, 1), (8, 8)):
             yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
@@ -48,9 +48,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             yield "router", {"T": t, "ROWS": size}
     for t, rp, size, parts, stages in product((1, 2), (64, 256), (32, 64), (1, 2), (3, 4)):
         yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
-    for t, size, parts, splits in product((1, 2), (64, 128), (1, 2), (1, 2, 4, 8)):
-        shape = TileShape(size, splits, 6, warpgroups=True, cluster=True)
-        yield "probe", {"T": t, "RP": 64} | shape.constants(parts, shape.stages)
+    for t, parts, shape in product((1, 2), (1, 2), (FOUR, TWO)):
+        yield "probe", {"T": t, "RP": 64} | shape.constants(parts)
+        yield "probe", {"T": t, "RP": 64} | shape.constants(parts) | {"SET_CONDITION": 1}
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
         yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
     yield "conditional", {"SET_CONDITION": 1}
@@ -86,10 +86,10 @@ def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     if family == "skinny":
         return skinny_bytes(constants)
     if family == "entropy":
-        return Form(constants["UNROLL"], constants["BLOCKS"], constants["STAGES"]).shared
+        return next(form for form in (FEW, MANY) if form.group == constants["GROUP"]).shared
     if family != "probe" or constants["RANKS"]:
         return 0
-    return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"]) + 1024 * constants.get("WGMMA", 0)
+    return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"], "CLUSTER" in constants)
 
 
 def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict[str, int]) -> tuple[bool, str]:

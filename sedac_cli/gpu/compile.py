@@ -134,7 +134,7 @@ def refuse_shape(what: str, grid: Sequence[int], threads: int) -> None:
 def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], index: int, shared: int) -> Any:
     """The kernel, loaded on device `index`, allowed to use `shared` bytes of dynamic shared memory."""
     values = dict(constants)
-    conditional, chip = "SET_CONDITION" in values, "a" if values.get("WGMMA") else ""
+    conditional, chip = "SET_CONDITION" in values, "a" if values.get("CLUSTER") else ""
     cupy = require_conditional_nodes() if conditional else require_gpu()
     found = properties(index)
     refuse_in_capture(f"the kernel {family}.{entry} {values}")

@@ -31,9 +31,12 @@ FULL = 0.93
 
 @dataclass(frozen=True)
 class Form:
-    """How a kernel reads: `unroll` 16-byte loads of a thread at once, `blocks` per multiprocessor that it is compiled for, and
-    with `stages` > 0 through shared memory, where `stages` - 1 such rounds are under way while one is worked on."""
+    """How a kernel reads: `group` warps share a chunk, `unroll` 16-byte loads of a thread at once, `blocks` per multiprocessor.
 
+    A warp on its own reads through shared memory, where `stages` - 1 such rounds are under way while one is worked on.
+    """
+
+    group: int
     unroll: int
     blocks: int
     stages: int = 0
@@ -47,14 +50,20 @@ class Form:
         """Blocks that run at a time; each takes 1 KiB of a multiprocessor's shared memory for itself."""
         return multiprocessors * max(1, min(self.blocks, shared // (self.shared + 1024)))
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the source is compiled with beside its element types."""
+        return {"GROUP": self.group, "UNROLL": self.unroll, "BLOCKS": self.blocks, "STAGES": self.stages}
 
-FEW = Form(5, 4)
-"""32 x 151936 logits over 512 blocks are 4.7 vectors a thread: all of them asked for at once."""
-MANY = Form(4, 4, 3)
-"""48 KiB a block and four blocks: 128 KiB under way per multiprocessor, three times what covers HBM's latency, so that the last
-third of the warps still fills the memory bus."""
-EARLY = False
-"""Whether the launch may begin while the one ahead ends."""
+
+# Both chosen by the times in benchmarks/results/gpu_kernel_sweep.json (one H200), which has what lost as well.
+FEW = Form(WARPS, 6, 4)
+"""32 rows of 151936 logits over 528 blocks are 4.7 vectors a thread, all asked for at once; 64 rows and a decision 10.6: twice
+six (13.9 us) where five at once took three rounds (14.4)."""
+MANY = Form(1, 4, 3, 4)
+"""64 KiB a block and three blocks: 144 KiB under way per multiprocessor, so that the last third of the warps still fills the
+memory bus. 1024 rows took 82.7 us, with three stages and four blocks 84.3, loading into registers 84.7 (256 and 4096 rows: the
+same either way)."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +81,11 @@ def cut_of(rows: int, vocab: int, few: int, many: int, decision: bool = False) -
     """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once (`few`; with a decision one block of each
     row reads its hidden state). Many: a warp per chunk, `many` blocks of them.
 
-    A chunk costs a reduction, so the fewest rounds that leave no warp idle win: on an H200 one round of 4096 chunks read
-    4096 x 151936 logits in 298 us and 1024 rows in 83 us, eight rounds took 321 and 96 us.
+    A chunk costs a reduction, so the fewest rounds that leave no warp idle win: with three stages and four blocks 1024 rows took
+    84 us in one round, 93 in two, 102 in four, 107 in eight (gpu_kernel_sweep.json).
     """
     if rows * vocab < QUEUE_FROM and rows <= few // 2:
-        return cut(rows, vocab, WARPS, min(few // rows - decision, -(-vocab // MIN_CHUNK)), few)
+        return cut(rows, vocab, FEW.group, min(few // rows - decision, -(-vocab // MIN_CHUNK)), few)
     warps = many * WARPS
 
     def full(rounds: int) -> float:
@@ -85,7 +94,7 @@ def cut_of(rows: int, vocab: int, few: int, many: int, decision: bool = False) -
     enough = (rounds for rounds in range(1, ROUNDS + 1) if full(rounds) >= FULL)
     rounds = next(enough, max(range(1, ROUNDS + 1), key=full))
     parts = max(1, rounds * warps // rows)
-    return cut(rows, vocab, 1, min(parts, -(-vocab // MIN_CHUNK)), many)
+    return cut(rows, vocab, MANY.group, min(parts, -(-vocab // MIN_CHUNK)), many)
 
 
 def cut(rows: int, vocab: int, group: int, parts: int, resident: int) -> Cut:
@@ -93,7 +102,7 @@ def cut(rows: int, vocab: int, group: int, parts: int, resident: int) -> Cut:
     chunk = -(-vocab // max(1, parts))
     chunk = -(-chunk // 64) * 64
     parts = -(-vocab // chunk)
-    if group == WARPS:
+    if group == FEW.group:
         return Cut(group, parts, chunk, rows * parts, False)
     blocks = min(resident, -(-rows * parts // WARPS))
     # Short rows are all alike, and there are many: dealing them costs less than asking for each.
@@ -165,23 +174,18 @@ def _launch(rows: Rows, outputs: list[Tensor | None], constants: dict[str, int],
     count, shared = found.multi_processor_count, found.shared_memory_per_block_optin + 1024
     decision = bool(constants["DECISION"])
     how = cut_of(rows.count, rows.width, FEW.resident(count, shared), MANY.resident(count, shared), decision)
-    form, apart = (FEW, decision) if how.group == WARPS else (MANY, False)
+    form, apart = (FEW, decision) if how.group == FEW.group else (MANY, False)
     items = rows.count * how.parts
     partial = torch.empty(items, 4, dtype=torch.float32, device=device)
     norms = [torch.empty(rows.count if apart else items, 2, dtype=torch.float32, device=device)] if decision else []
     launch(
-        "entropy", "entropy", constants | form_constants(how.group, form), device,
-        grid=(how.blocks + rows.count * apart,), threads=THREADS, shared=form.shared, early=EARLY,
+        "entropy", "entropy", constants | form.constants, device,
+        grid=(how.blocks + rows.count * apart,), threads=THREADS, shared=form.shared,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), I32(how.parts), I32(how.chunk), partial, counters(device),
             I32(MAX_ROWS if how.queued else -1), *outputs, *norms, *extra,
         ],
     )  # fmt: skip
-
-
-def form_constants(group: int, form: Form) -> dict[str, int]:
-    """What the source is compiled with beside its element types."""
-    return {"GROUP": group, "UNROLL": form.unroll, "BLOCKS": form.blocks, "STAGES": form.stages, "EARLY": int(EARLY)}
 
 
 def _as_given(result, logits: Tensor):

@@ -11,7 +11,7 @@ additions costs) or rounded once ("plain": 2^-9 and 2^-12; half the weight traff
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -34,9 +34,7 @@ from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
 FEW_ROWS = 8
 """Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
 HOPPER_ROWS = 512
-"""From here on, on a chip with warpgroup products, tiles are large and their blocks a cluster."""
-EARLY = False
-"""Whether the launch may begin while the one ahead ends."""
+"""From here on, on a chip with warpgroup products, a tile's blocks are a cluster."""
 ROUTER_THREADS = 512
 ROUTER_SLICE = 256
 """Of the hidden axis, where a row's router is spread over blocks."""
@@ -151,12 +149,10 @@ def probe_risk(
         return risk.view(hidden.shape[:-1])
     plan = _plan(rows, weights, precision, kind(hidden, "hidden"))
     constants = plan.constants | _conditional(arm)
-    clustered = constants.get("CLUSTER", 0) > 0
-    size = 0 if clustered else plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"]
+    size = 0 if "CLUSTER" in constants else plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"]
     partial = torch.empty(size, device=device) if size else None
     launch(
         "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared,
-        early=EARLY and arm is None,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), plan.weight, I32(weights.full.shape[1]), weights.constants,
             I32(weights.rank), partial, counters(device),
@@ -269,20 +265,19 @@ def _plan(rows: Rows, weights: ProbeWeights, precision: Precision, element: int)
     if element == 0 or rows.count <= FEW_ROWS or not rows.aligned:
         size, ranks = (1, 1) if rows.count <= FEW_ROWS else (8, 8)
         _check_tiles(-(-rows.count // size))
-        constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1, "EARLY": int(EARLY)}
+        constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
         return _Plan(constants, (-(-rows.count // size), -(-weights.rank // ranks), 1), 256, 0, weights.full)
     parts = 2 if precision == "split" else 1
     found = properties(device_index(rows.tensor.device))
     hopper = found.major == 9 and padded_rank == 64
-    shape = tile_shape(rows.count, padded_rank, padded, parts, found.multi_processor_count, hopper)
-    stages = shape.stages
-    while stages > 2 and shape.shared(parts, stages) + 1024 > found.shared_memory_per_block_optin:
-        stages -= 1
+    shape = tile_shape(rows.count, padded_rank, padded, found.multi_processor_count, hopper)
+    while shape.stages > 2 and shape.shared(parts) + 1024 > found.shared_memory_per_block_optin:
+        shape = replace(shape, stages=shape.stages - 1)
     tiles = -(-rows.count // shape.size)
     _check_tiles(tiles)
     grid = (tiles, padded_rank // 64, shape.splits)
     weight = weights.half(rows.tensor.dtype)
-    return _Plan(common | shape.constants(parts, stages), grid, shape.threads, shape.shared(parts, stages), weight)
+    return _Plan(common | shape.constants(parts), grid, 2 * shape.size, shape.shared(parts), weight)
 
 
 @dataclass(frozen=True)
@@ -292,48 +287,41 @@ class TileShape:
     size: int
     splits: int
     stages: int
-    warpgroups: bool = False
-    """Products by warpgroups (sm_90a alone)."""
     cluster: bool = False
-    """The blocks of a tile are a cluster, and meet in shared memory."""
-    fence: bool = True
+    """Products by warpgroups (sm_90a alone), and the blocks of a tile are a cluster that meets in shared memory."""
 
-    @property
-    def threads(self) -> int:
-        return 2 * self.size
+    def shared(self, parts: int) -> int:
+        """Dynamic shared memory."""
+        return shared_bytes(self.size, parts, self.stages, self.cluster)
 
-    def shared(self, parts: int, stages: int) -> int:
-        """Dynamic shared memory; a warpgroup's tiles start on 1024 bytes."""
-        return shared_bytes(self.size, parts, stages) + 1024 * self.warpgroups
-
-    def constants(self, parts: int, stages: int) -> dict[str, int]:
-        known = {"ROWS": self.size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
-        special = {"WGMMA": int(self.warpgroups), "CLUSTER": self.splits * self.cluster, "FENCE": int(self.fence)}
-        return known | special | {"EARLY": int(EARLY)}
+    def constants(self, parts: int) -> dict[str, int]:
+        known = {"ROWS": self.size, "RANKS": 0, "PARTS": parts, "STAGES": self.stages}
+        return known | ({"CLUSTER": self.splits} if self.cluster else {})
 
 
-def tile_shape(
-    count: int, padded_rank: int, padded: int, parts: int, multiprocessors: int, hopper: bool = False
-) -> TileShape:
+FOUR, TWO = TileShape(64, 4, 4, cluster=True), TileShape(64, 2, 6, cluster=True)
+"""What a Hopper chip takes: clusters of four as long as all run at once, then of two. Microseconds at 1024, 2048, 4096 and 8192
+rows of 3584 (one H200, benchmarks/results/gpu_kernel_sweep.json): four 8.6, 11.0, 18.5, 29.9; two 12.4, 12.8, 13.3, 26.0; no
+cluster 14.8, 14.9, 19.7, 30.3."""
+
+
+def tile_shape(count: int, padded_rank: int, padded: int, multiprocessors: int, hopper: bool = False) -> TileShape:
     """About two blocks per multiprocessor, so that one loads while the other starts or ends; one where tiles are small.
 
     More than 16 parts per tile would cost more to add up than they save.
     """
     if hopper and count >= HOPPER_ROWS:
-        size = 128 if count >= 2048 else 64
-        tiles, splits = -(-count // size), 8
-        while splits > 1 and (tiles * splits > multiprocessors or splits > padded // 64):
-            splits //= 2
-        return TileShape(size, splits, 6, warpgroups=True, cluster=True)
+        return FOUR if -(-count // FOUR.size) * FOUR.splits <= multiprocessors else TWO
     size = 32 if count <= 256 else 64
     tiles = -(-count // size) * (padded_rank // 64)
     blocks = multiprocessors * (1 if size == 32 else 2)
     return TileShape(size, max(1, min(16, padded // 64, blocks // tiles)), 4)
 
 
-def shared_bytes(size: int, parts: int, stages: int) -> int:
-    """What a tensor-core tile keeps in shared memory; STAGE_BYTES in probe.cu, as often as there are stages."""
-    return stages * (size + 64 * parts) * 128
+def shared_bytes(size: int, parts: int, stages: int, cluster: bool = False) -> int:
+    """What a tensor-core tile keeps in shared memory; STAGE_BYTES in probe.cu, as often as there are stages. A warpgroup's
+    tiles start on 1024 bytes."""
+    return stages * (size + 64 * parts) * 128 + 1024 * cluster
 
 
 def _check_width(rows: Rows, width: int, device: torch.device) -> None:

@@ -194,7 +194,7 @@ def test_decision_replays_with_a_new_threshold():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [0, 1, 2, 8, 9, 31, 33, 257, 1025, 4096])
-@pytest.mark.parametrize(("width", "rank", "precision"), [(3584, 64, "split"), (3584, 64, "plain"), (200, 10, "split"), (77, 100, "split"), (896, 256, "split")])  # fmt: skip
+@pytest.mark.parametrize(("width", "rank", "precision"), [(3584, 64, "split"), (3584, 64, "plain"), (200, 10, "split"), (77, 100, "split"), (72, 64, "split"), (896, 256, "split")])  # fmt: skip
 def test_probe(dtype, rows, width, rank, precision):
     probe = Probe(width, rank, bias=rank != 10).cuda()
     weights = ProbeWeights.pack(probe, "cuda")

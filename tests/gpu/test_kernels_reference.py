@@ -198,23 +198,35 @@ def test_every_cut_covers_its_rows():
             cut = entropy.cut_of(rows, vocab, few, many, decision)
             assert cut.parts * cut.chunk >= vocab > (cut.parts - 1) * cut.chunk
             assert rows * cut.parts < 2**31
-            if cut.group == entropy.WARPS:
+            if cut.group == entropy.FEW.group:
                 assert rows * cut.parts == cut.blocks <= few - rows * decision
             else:
                 assert 0 < cut.blocks <= many
         for rows in range(33, 8193, 37):
             cut = entropy.cut_of(rows, 151936, few, many, decision)
-            apart = rows * decision if cut.group == entropy.WARPS else 0
-            rounds = (rows * cut.parts + apart) / (few if cut.group == entropy.WARPS else many * entropy.WARPS)
+            apart = rows * decision if cut.group == entropy.FEW.group else 0
+            rounds = (rows * cut.parts + apart) / (few if cut.group == entropy.FEW.group else many * entropy.WARPS)
             assert rounds / math.ceil(rounds) > 0.8, f"{rows} rows: {rounds:.2f} rounds"
 
 
 def test_a_form_takes_as_many_blocks_as_its_shared_memory_allows():
-    assert entropy.Form(4, 4).resident(10, 100 * 1024) == 40
-    assert entropy.Form(4, 4, 3).shared == 8 * 3 * 4 * 32 * 16
-    assert entropy.Form(4, 4, 3).resident(10, 228 * 1024) == 40
-    assert entropy.Form(4, 4, 3).resident(10, 100 * 1024) == 20
-    assert entropy.Form(8, 4, 6).resident(10, 100 * 1024) == 10
+    assert entropy.Form(8, 4, 4).resident(10, 100 * 1024) == 40
+    assert entropy.Form(1, 4, 4, 3).shared == 8 * 3 * 4 * 32 * 16
+    assert entropy.Form(1, 4, 4, 3).resident(10, 228 * 1024) == 40
+    assert entropy.Form(1, 4, 4, 3).resident(10, 100 * 1024) == 20
+    assert entropy.Form(1, 8, 4, 6).resident(10, 100 * 1024) == 10
+
+
+def test_a_probe_forms_clusters_where_they_win():
+    """Hopper alone, from 512 rows: four blocks a tile while all run at once on 132 multiprocessors (33 tiles), then two."""
+
+    def shape(rows: int, hopper: bool = True) -> probe.TileShape:
+        return probe.tile_shape(rows, 64, 3584, 132, hopper)
+
+    assert [shape(rows).splits for rows in (512, 1024, 2112, 2113, 8192)] == [4, 4, 4, 2, 2]
+    assert all(shape(rows).cluster for rows in (512, 8192))
+    assert all(shape(rows) == shape(rows, hopper=False) for rows in (9, 256, 511))
+    assert not any(shape(rows, hopper=False).cluster for rows in (9, 512, 8192))
 
 
 def test_launches_no_device_takes_are_refused_by_name():

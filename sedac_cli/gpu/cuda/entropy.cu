@@ -4,12 +4,13 @@
 // A row is cut into `parts` chunks; chunk and row make an item, taken whole by a group of GROUP warps. No item crosses rows: a
 // block that did would read, reduce and arrive twice in a row, 3 us of an idle memory bus (seen at every row count).
 // GROUP = 8: one item per block, for few rows. GROUP = 1: warps stay and take items from a queue, and never wait for each
-// other, so one warp's reduction hides behind the others' loads; slow and quick multiprocessors end together.
-// STAGES > 0 (GROUP = 1): loads go through shared memory, STAGES - 1 rounds of UNROLL ahead and into the warp's next item, so a
-// warp has loads under way while it computes, reduces and arrives, and the last warps of a launch still fill the memory bus.
+// other, so one warp's reduction hides behind the others' loads; slow and quick multiprocessors end together. Their loads go
+// through shared memory, STAGES - 1 rounds of UNROLL ahead and into the warp's next item, so a warp has loads under way while it
+// computes, reduces and arrives, and the last warps of a launch still fill the memory bus.
 // The group that brings a row's last part joins them. DECISION: the stability of a row is one more part, read by a block of
 // its own (GROUP = 8), or each part also sums its share of |h|^2 and |h - prev|^2 (GROUP = 1).
-// Constants: T (logits), HT (hidden), DECISION, GROUP, UNROLL (loads in flight per thread), BLOCKS per multiprocessor, STAGES.
+// Constants: T (logits), HT (hidden), DECISION, GROUP, UNROLL (loads in flight per thread), BLOCKS per multiprocessor,
+// STAGES (GROUP = 1).
 
 #define THREADS 256
 #define LANES (32 * GROUP)
@@ -60,6 +61,7 @@ __device__ __forceinline__ void push_vector(State& state, const Item& item, cons
   push(state, v, item.from + item.head + i * Vec<T>::N);
 }
 
+#if GROUP > 1
 // A lane's share of an item, UNROLL loads at a time in registers.
 __device__ __forceinline__ State scan(const Item& item, int lane) {
   State state = empty_state();
@@ -78,7 +80,17 @@ __device__ __forceinline__ State scan(const Item& item, int lane) {
   return state;
 }
 
-#if STAGES
+// The state of a group, in every lane of its first warp.
+__device__ __forceinline__ State group_join(State state) {
+  __shared__ State warps[GROUP];
+  const int tid = threadIdx.x;
+  state = warp_join(state);
+  if (tid % 32 == 0) warps[tid / 32] = state;
+  __syncthreads();
+  if (tid < 32) state = warp_join(tid < GROUP ? warps[tid] : empty_state());
+  return state;
+}
+#else
 // A warp's ring in shared memory. Every lane reads only what it asked for itself, so nobody waits for anybody: no barriers.
 struct Ring {
   u32 base;        // of this lane
@@ -101,19 +113,6 @@ __device__ __forceinline__ uint4 shared_vector(u32 address) {
   return q;
 }
 #endif
-
-// The state of a group, in every lane of its first warp.
-__device__ __forceinline__ State group_join(State state) {
-  state = warp_join(state);
-#if GROUP > 1
-  __shared__ State warps[GROUP];
-  const int tid = threadIdx.x;
-  if (tid % 32 == 0) warps[tid / 32] = state;
-  __syncthreads();
-  if (tid < 32) state = warp_join(tid < GROUP ? warps[tid] : empty_state());
-#endif
-  return state;
-}
 
 struct Outputs {
   float *entropy, *confidence;
@@ -254,10 +253,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
     float progress, u8* decision_out, float* load_out
 #endif
 ) {
-#if EARLY
-  settle();
-  release();
-#endif
   Outputs out;
   out.entropy = entropy_out;
   out.confidence = confidence_out;
@@ -310,19 +305,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
   u32 id = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
   if (id >= items) return;
   Item item = item_at(id, items, logits, lr, vocab, parts, chunk);
-#if STAGES
   DYNAMIC_SHARED(shared);
   Ring ring = {shared_address(shared) + threadIdx.x / 32 * (STAGES * ROUND_BYTES) + lane * 16, 0u, 0u};
   // Every item takes as many rounds as a full one, and at least those that are asked for ahead.
   const int turns = max(STAGES - 1, (chunk / Vec<T>::N + ROUND - 1) / ROUND);
 #pragma unroll
   for (int s = 0; s < STAGES - 1; ++s) ring.ask(item.body(), lane + s * ROUND, item.vectors);
-#endif
   while (id < items) {
     u32 next = id + groups;
     // Asked for now, needed later. Every warp that has an item asks once more than it gets: `items` times in all.
     if (queue_at >= 0 && lane == 0) next = min(groups, items) + atomicInc(counter + queue_at, items - 1);
-#if STAGES
     Item coming = item;
     State state = empty_state();
     push_head(state, item, lane);
@@ -347,18 +339,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
       ring.read = Ring::after(ring.read);
     }
     push_tail(state, item, lane);
-#else
-    State state = scan(item, lane);
-    next = __shfl_sync(0xffffffffu, next, 0);
-    const Item coming = item_at(next, items, logits, lr, vocab, parts, chunk);
-#endif
 #if CARRY
     const int share = ((width + 8 * parts - 1) / (8 * parts)) * 8;
     sum_norms(
         hidden + hr.offset(item.row), prev + pr.offset(item.row), item.part * share, min((item.part + 1) * share, width), lane,
         state.norm, state.moved);
 #endif
-    state = group_join(state);
+    state = warp_join(state);
     if (parts == 1) {
 #if CARRY
       const float stability = stability_of(state.norm, state.moved);

@@ -85,7 +85,7 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#if WGMMA
+#if CLUSTER
 // Hopper's products of whole tiles in shared memory (sm_90a). A tile: rows of 128 bytes in groups of eight, swizzled by 128.
 __device__ __forceinline__ u64 matrix_at(u32 address) {
   return (u64)((address & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -118,9 +118,7 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[64], u64 a, u64 b)
   if constexpr (KIND == 2) WGMMA_128("bf16.bf16");
   else WGMMA_128("f16.f16");
 }
-#endif
 
-#if CLUSTER
 // Blocks of a cluster see each other's shared memory between a first barrier (all) and a second (what was read has been used).
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive_reader() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }

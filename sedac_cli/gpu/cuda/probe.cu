@@ -5,22 +5,10 @@
 // Ways to project. RANKS > 0: plain float32 arithmetic, RANKS x ROWS dot products per block; any dtype, any alignment.
 // RANKS == 0: tensor cores, ROWS x 64 tiles; the weight is hi + lo in the hidden state's own dtype (PARTS = 2: what is
 // lost is 2^-17 of a weight in bf16, 2^-22 in fp16) or hi alone (PARTS = 1: 2^-9 and 2^-12).
-// WGMMA: the same on Hopper for many rows. A 64-row tile reads twice as many bytes of weights as of states and its warps read
-// shared memory as long as the tensor cores compute; tiles of 128 rows and warpgroup products halve both. CLUSTER > 0: the
-// blocks of a tile are a cluster, add their parts through each other's shared memory, and finish ROWS / CLUSTER rows each.
-// Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES, WGMMA, CLUSTER.
-#ifndef WGMMA
-#define WGMMA 0
-#endif
-#ifndef CLUSTER
-#define CLUSTER 0
-#endif
-#ifndef FENCE
-#define FENCE 1
-#endif
-#ifndef EARLY
-#define EARLY 0
-#endif
+// CLUSTER > 0: the same on Hopper for many rows, where warps would read shared memory as long as the tensor cores compute: tiles
+// of 64 rows by warpgroup products, which read it themselves. The CLUSTER blocks of a tile add their parts through each other's
+// shared memory, and finish 64 / CLUSTER rows each.
+// Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES, CLUSTER (left out where there is none).
 
 struct Verdict {
   const float* threshold_at;
@@ -44,13 +32,18 @@ __device__ __forceinline__ float eight_sum(float x) {
 }
 
 // Rows a lane finishes at once: reading one at a time, with a latency of L2 each, took a third of the whole kernel.
-#define AT_ONCE (RANKS > 0 || RP > 64 || CLUSTER > 0 ? 1 : 4)
+#if CLUSTER || RANKS > 0 || RP > 64
+#define AT_ONCE 1
+#else
+#define AT_ONCE 4
+#endif
 
 #if CLUSTER
-#define PITCH 288  // bytes of a row of sums in shared memory: 64 floats, and 32 bytes so that eight rows meet all banks
+#define PER_ROW 288  // bytes of a row of sums in shared memory: 64 floats, and 32 bytes so that eight rows meet all banks
 typedef u32 Place;
 __device__ __forceinline__ float4 part_of(Place row, int split, i64, int column) { return load_peer(row + column * 4, split); }
 #else
+#define PER_ROW RP
 typedef const float* Place;
 __device__ __forceinline__ float4 part_of(Place row, int split, i64 stride, int column) {
   return __ldcg((const float4*)(row + split * stride + column));
@@ -107,11 +100,6 @@ __device__ __forceinline__ void risks_of(
 // Called by a whole block, for rows [first, first + count) of `tile`. `sums`: the tile's first part, row by row.
 __device__ __forceinline__ bool finish_tile(
     int tile, int first, int count, int rows, Place sums, int splits, const float* constants, int rank, const Verdict& v) {
-#if CLUSTER
-  constexpr int PER_ROW = PITCH;
-#else
-  constexpr int PER_ROW = RP;
-#endif
   const float limit = number(v.threshold_at, v.threshold);
   const int teams = blockDim.x / 8;
   bool need = false;
@@ -203,11 +191,15 @@ __device__ __forceinline__ void project(
 // Rows of 128 bytes in shared memory; 16-byte chunk c of row r lies at c ^ (r % 8), so ldmatrix meets no bank twice.
 __device__ __forceinline__ u32 tiles_at() {
   DYNAMIC_SHARED(shared);
-  return WGMMA ? (shared_address(shared) + 1023u) & ~1023u : shared_address(shared);  // the swizzle counts from 1024 bytes
+#if CLUSTER
+  return (shared_address(shared) + 1023u) & ~1023u;  // the swizzle of warpgroup products counts from 1024 bytes
+#else
+  return shared_address(shared);
+#endif
 }
 __device__ __forceinline__ u32 cell(int row, int chunk) { return (u32)(row * 128 + ((chunk ^ (row & 7)) << 4)); }
 
-// A block: ROWS rows x 64 columns, its share of the hidden axis; 8 warps at ROWS = 128, each 32 x 32 (WGMMA: 64 x 64 per four).
+// A block: ROWS rows x 64 columns, its share of the hidden axis; each warp 32 x 32 (CLUSTER: all four together 64 x 64).
 __device__ __forceinline__ void project(
     const typename Elem<T>::raw* hidden, const Rows& at, int rows, int width, const typename Elem<T>::raw* weight, int padded,
     float* partial) {
@@ -250,17 +242,16 @@ __device__ __forceinline__ void project(
     if (begin + s < end) fetch();
     copy_async_commit();
   }
-#if WGMMA
+#if CLUSTER
   float acc[32 * PARTS];
 #pragma unroll
   for (int i = 0; i < 32 * PARTS; ++i) acc[i] = 0.0f;
-  const int group = tid / 128;
   for (int step = begin; step < end; ++step) {
     copy_async_wait<STAGES - 2>();
-    if (FENCE) show_to_tensor_cores();
+    show_to_tensor_cores();
     __syncthreads();
     const u32 x = base + from;
-    const u64 a = matrix_at(x + group * 64 * 128), b = matrix_at(x + ROWS * 128);
+    const u64 a = matrix_at(x), b = matrix_at(x + ROWS * 128);
     warpgroup_begin();
 #pragma unroll
     for (int kk = 0; kk < BK / 16; ++kk) warpgroup_multiply<T>(acc, a + kk * 2, b + kk * 2);  // 16 columns are 32 bytes
@@ -271,11 +262,7 @@ __device__ __forceinline__ void project(
     from = from == (STAGES - 1) * STAGE_BYTES ? 0u : from + STAGE_BYTES;
   }
   const int row = tid / 32 * 16 + lane / 4, pair = (lane % 4) * 2;
-#if CLUSTER
   __syncthreads();  // the sums take the tiles' place
-#else
-  float* out = partial + (((i64)tile * splits + split) * ROWS + row) * RP + column + pair;
-#endif
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -285,11 +272,7 @@ __device__ __forceinline__ void project(
       v.x += acc[32 + n * 4 + half * 2];
       v.y += acc[32 + n * 4 + half * 2 + 1];
 #endif
-#if CLUSTER
-      store_shared(base + (row + half * 8) * PITCH + (n * 8 + pair) * 4, v);
-#else
-      *(float2*)(out + half * 8 * RP + n * 8) = v;
-#endif
+      store_shared(base + (row + half * 8) * PER_ROW + (n * 8 + pair) * 4, v);
     }
 #else
   const int warp_m = tid / 64, warp_n = (tid / 32) % 2;
@@ -325,12 +308,7 @@ __device__ __forceinline__ void project(
       }
     }
   }
-  const int pair = warp_n * 32 + (lane % 4) * 2;
-#if CLUSTER
-  __syncthreads();  // the sums take the tiles' place
-#else
-  float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + pair;
-#endif
+  float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + warp_n * 32 + (lane % 4) * 2;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -338,12 +316,7 @@ __device__ __forceinline__ void project(
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = warp_m * 32 + m * 16 + lane / 4 + half * 8;
-        const float2 v = make_float2(acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
-#if CLUSTER
-        store_shared(base + row * PITCH + (n * 8 + pair) * 4, v);
-#else
-        *(float2*)(out + row * RP + n * 8) = v;
-#endif
+        *(float2*)(out + row * RP + n * 8) = make_float2(acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
       }
 #endif
 }
@@ -355,7 +328,7 @@ __device__ __forceinline__ void project(
 #define WEIGHT typename Elem<T>::raw
 #endif
 
-#if CLUSTER > 1
+#if CLUSTER
 #define AS_CLUSTER __cluster_dims__(1, 1, CLUSTER)
 #else
 #define AS_CLUSTER
@@ -367,10 +340,6 @@ extern "C" __global__ void AS_CLUSTER __launch_bounds__(THREADS) probe(
     const WEIGHT* weight, int padded, const float* constants, int rank, float* partial, u32* scratch,
     const float* threshold_at, float threshold, float* risk, u8* latched, const u8* may_skip, const u8* real, int* needs,
     const u64* handles, int handle_count, int has_opposite) {
-#if EARLY
-  settle();
-  release();
-#endif
   const Rows at = {outer, inner, per_outer};
   const int tile = blockIdx.x;
   project(hidden, at, rows, width, weight, padded, partial);
