@@ -187,7 +187,7 @@ def settled(url: str) -> dict[str, float]:
 
 
 def start(arguments: argparse.Namespace) -> tuple[subprocess.Popen[str], str]:
-    command = [sys.executable, "-m", "sedac_cli", "serve", "--backend", "eager", "--model", arguments.model, "--gate",
+    command = [sys.executable, "-m", "sedac_cli", "serve", "--backend", arguments.backend, "--model", arguments.model, "--gate",
                arguments.gate, "--port", "0", "--json", "--quiet", "--max-queue", str(arguments.max_queue),
                "--max-body", str(MAX_BODY)]  # fmt: skip
     environment = os.environ | {"SEDAC_SERVE_API_KEY": KEY}
@@ -215,6 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--gate", default="always:20")
+    parser.add_argument("--backend", default="eager", help="eager, or graph on a GPU")
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=8, help="most new tokens of a request")
@@ -254,7 +255,7 @@ def main() -> int:
     finally:
         process.kill()
     result = {
-        "arguments": {k: str(v) for k, v in vars(arguments).items()}, "seconds": seconds, "exit_code": code,
+        "arguments": {k: str(v) for k, v in vars(arguments).items() if k != "out"}, "seconds": seconds, "exit_code": code,
         "stretches": stretches, "slope_mb_per_1000": slope(memory), "requests_memory_mb_open_files": memory,
     }  # fmt: skip
     faults = judge(result, arguments.max_slope)

@@ -79,7 +79,10 @@ def add_error_handlers(app: FastAPI, served: Served) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})), request)
+        text = str(error.detail)
+        if error.status_code in (404, 405):
+            text = f"{request.method} {request.url.path}: {text}; /openapi.json lists what is here"
+        return answer(ApiError(error.status_code, text, headers=dict(error.headers or {})), request)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
