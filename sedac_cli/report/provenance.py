@@ -23,9 +23,9 @@ def provenance(run: RunData, page: dict[str, Any]) -> None:
             commands.append(_validate_command(run, run.validation["report"]))
         if run.bench is not None and run.bench.get("command"):
             commands.append(shlex.join(map(str, run.bench["command"])))
-        commands.append(shlex.join(["sedac", "report", str(run.folder)]))
     elif made_by:
         page["whole"] = made_by[0]
+    commands.append(shlex.join(["sedac", "report", str(run.folder)]))
     page["commands"] = commands
     page["settings"] = _settings(run)
     if run.manifest is not None:

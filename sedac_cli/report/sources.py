@@ -135,7 +135,9 @@ def read_run(folder: Path) -> RunData:
 
 
 def _steps(document: dict[str, Any]) -> list[str]:
-    return [shlex.join([name, *step["options"]["argv"]]) for name, step in document["steps"].items()]
+    """The report itself may be the step that is being made: it has no record yet."""
+    done = [(name, step["options"]["argv"]) for name, step in document["steps"].items() if step.get("finished")]
+    return [shlex.join([name, *argv]) for name, argv in done if name != "report"]
 
 
 def gate_sources(run: RunData) -> dict[str, str]:

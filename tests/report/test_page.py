@@ -257,9 +257,10 @@ def test_a_folder_of_a_benchmark_alone(sedac, tmp_path):
 
 
 def test_the_steps_of_a_run_are_on_the_page(sedac, mine):
-    step = {"options": {"argv": ["--save-dir=a folder", "--layers=7,14"]}}
-    (mine / "run.json").write_text(json.dumps({"steps": {"collect": step}}))
-    assert sedac("report", mine, "--redraw").code == 0
+    step = {"finished": True, "options": {"argv": ["--save-dir=a folder", "--layers=7,14"]}}
+    (mine / "run.json").write_text(json.dumps({"steps": {"collect": step, "report": {"finished": False}}}))
+    result = sedac("report", mine, "--redraw", "--json")
+    assert (result.code, result.json["problems"]) == (0, [])
     assert "sedac collect '--save-dir=a folder' --layers=7,14" in text_of(mine / "report.html")
 
 
