@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")
 from cases import Probe, router_of  # noqa: E402
 from gpu_timing import BEGAN, ROTATE, Bench, buffers, each, launched, table, timed  # noqa: E402
 
-from sedac_cli.gpu import compile, entropy, probe, reference  # noqa: E402
+from sedac_cli.gpu import compile, reference  # noqa: E402
 from sedac_cli.gpu.conditional import ConditionalGraph  # noqa: E402
 from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision  # noqa: E402
 from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk, router_score  # noqa: E402
@@ -249,70 +248,7 @@ def conditionals(bench: Bench) -> None:
     )
 
 
-def tuning(bench: Bench) -> None:
-    """The kernels' free choices, one at a time and as they are now, so that one run can decide; nothing here is a target."""
-    for rows in (1, 8, 32, 64, 128, 256, 1024, 4096):
-        choices = entropy_choices(rows)
-        logits = buffers((rows, VOCAB), 3.0)
-        sweep(bench, f"entropy {rows} x {VOCAB}, choices", choices, each(fused_entropy, logits), rows * VOCAB * 2)
-    weights = ProbeWeights.pack(Probe(HIDDEN, RANK).cuda(), "cuda")
-    for rows in (32, 256, 1024, 4096):
-        hidden = buffers((rows, HIDDEN))
-        choices = {"ours": (probe, {})}
-        for size, stages in product((32, 64, 128), (3, 4, 6)):
-            for splits in sorted({max(1, min(16, share * 132 * size // rows)) for share in (1, 2, 3)}):
-                shape = probe.TileShape(size, splits, stages)
-                choices[f"{size} rows, {splits} splits, {stages} stages"] = (
-                    probe, {"tile_shape": lambda *_, shape=shape: shape},
-                )  # fmt: skip
-        works = each(lambda x: probe_risk(x, weights, threshold=0.5), hidden)
-        sweep(bench, f"probe {rows} x {HIDDEN}, choices", choices, works, rows * HIDDEN * 2)
-
-
-def entropy_choices(rows: int) -> dict[str, tuple]:
-    """Blocks per chunk or warps on a queue, how many chunks, loads in flight."""
-    choices: dict[str, tuple] = {"ours": (entropy, {})}
-
-    def choose(group: int, parts: int, unroll: int, blocks: int):
-        def cut_of(r: int, v: int, multiprocessors: int) -> entropy.Cut:
-            return entropy.cut(r, v, group, parts, multiprocessors * blocks)
-
-        label = f"group {group}, {parts} parts, unroll {unroll}, blocks {blocks}"
-        choices[label] = (entropy, {"cut_of": cut_of, "UNROLL": unroll, "BLOCKS": blocks})
-
-    shapes = {8: [max(1, share * 528 // rows // 2) for share in (1, 2, 4)]}
-    if rows >= 64:
-        shapes[1] = [max(1, share * 4224 // rows) for share in (1, 2, 4, 8, 16) if share * 4224 // rows <= 80]
-    for group, many in shapes.items():
-        for parts in sorted(set(many)):
-            choose(group, parts, 4, 4)
-        middle = sorted(set(many))[len(set(many)) // 2]
-        for unroll, blocks in ((8, 2), (5, 3), (6, 3), (3, 5), (2, 6)):
-            choose(group, middle, unroll, blocks)
-    return choices
-
-
-def sweep(bench: Bench, name: str, choices: dict[str, tuple], works: list, size: int) -> None:
-    """Measure the same calls under other module constants; what does not fit the device is named and left out."""
-    found = {}
-    for label, (module, values) in choices.items():
-        if bench.left() < 10:
-            print(f"    no time left for {label} and what follows it", flush=True)
-            break
-        before = {key: getattr(module, key) for key in values}
-        try:
-            for key, value in values.items():
-                setattr(module, key, value)
-            found |= bench.measure({label: works})
-        finally:
-            for key, value in before.items():
-                setattr(module, key, value)
-    bench.report(name, found, bench.floor(size), "", None)
-    best = sorted((statistics.median(taken), label) for label, taken in found.items() if taken)[:3]
-    print("    best: " + "; ".join(f"{label} {taken:.1f}" for taken, label in best), flush=True)
-
-
-SECTIONS = (copy, entropies, decisions, probes, routers, routing, conditionals, tuning)
+SECTIONS = (copy, entropies, decisions, probes, routers, routing, conditionals)
 
 
 def main() -> int:

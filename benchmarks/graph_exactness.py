@@ -2,8 +2,9 @@
 
     python benchmarks/graph_exactness.py --model MODELS/qwen2-small --text DATA/mixed-evaluation.txt --out OUT/exactness.json
 
-A text is compared up to its first differing token: after it, the two continue different texts. For each difference the gap
-between the two best logits at that place is kept, beside what rounding to the dtype is worth there.
+A text is compared up to its first differing token: after it, the two continue different texts. What counts is the share of
+choices that agree where both had the same text before them. For each difference the gap between the two tokens' logits at that
+place, under the same gate, is kept, beside what one rounding to the dtype is worth there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sedac_cli.models import load_model  # noqa: E402
 from sedac_cli.runtime.generate import GenerateOptions, generate  # noqa: E402
 from sedac_cli.runtime.graph import GraphEngine  # noqa: E402
 from sedac_cli.runtime.plan import make_plan  # noqa: E402
+from sedac_cli.runtime.skip import skipping  # noqa: E402
 
 
 def compare(model: str, dtype: str, gate: str, prompts: list[str], new: int, batch: int) -> dict:
@@ -41,16 +43,18 @@ def compare(model: str, dtype: str, gate: str, prompts: list[str], new: int, bat
             if first < len(y):
                 ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"].cuda()
                 ids = torch.cat([ids, torch.tensor([y[:first]], device="cuda", dtype=ids.dtype)], dim=1)
-                with torch.inference_mode():
+                gated = skipping(loaded.model, plan.gate, plan.standin, decoder=loaded.decoder)
+                with torch.inference_mode(), gated:
                     logits = loaded.model(input_ids=ids).logits[0, -1].float()
                 gap = float(logits[y[first]] - logits[x[first]])
                 gaps.append({"gap": gap, "rounding": float(logits.max()) * torch.finfo(loaded.model.dtype).eps})
     line = {
         "dtype": dtype, "gate": gate, "path": engine.path, "prompts": len(prompts), "texts_equal": whole, "tokens": total,
-        "tokens_equal_up_to_first_difference": same, "differences": gaps,
+        "tokens_equal_up_to_first_difference": same, "choices_agree": same / (same + len(gaps)), "differences": gaps,
     }  # fmt: skip
     print(
-        f"{dtype} {gate} ({engine.path}): {whole} of {len(prompts)} texts equal, {same} of {total} tokens before a difference"
+        f"{dtype} {gate} ({engine.path}): {whole} of {len(prompts)} texts equal; {same} of {same + len(gaps)} "
+        f"choices from equal text agree"
     )
     for one in gaps[:8]:
         print(f"   differing logits are {one['gap']:.4f} apart, one rounding there is {one['rounding']:.4f}")
@@ -64,6 +68,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--gates", default="never,always:20")
     parser.add_argument("--out", type=Path, required=True)
     chosen = parser.parse_args()
@@ -74,7 +79,7 @@ def main() -> int:
     # Rows of a batch share the MLP that one of them needs, so gates that differ by row are compared one prompt at a time.
     lines = [
         compare(chosen.model, dtype, gate, prompts, chosen.new, chosen.batch)
-        for dtype in ("float32", "bfloat16")
+        for dtype in chosen.dtypes.split(",")
         for gate in chosen.gates.split(",")
     ]
     chosen.out.write_text(

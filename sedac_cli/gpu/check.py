@@ -11,29 +11,36 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
-from sedac_cli.gpu.entropy import BLOCKS, UNROLL, WARPS
-from sedac_cli.gpu.probe import shared_bytes
+from sedac_cli.gpu.entropy import FEW, MANY, WARPS, Form, form_constants
+from sedac_cli.gpu.probe import ROUTER_SLICE, TileShape, shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 
-LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227}
+LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "sm_100": 227}
 """KiB of shared memory a block may ask for."""
+
+
+def architectures(chosen: Sequence[str], constants: dict[str, int]) -> list[str]:
+    """Where a form runs: warpgroup products are Hopper's alone."""
+    if constants.get("WGMMA"):
+        return ["sm_90a"] if "sm_90" in chosen else []
+    return list(chosen)
 
 
 def forms() -> Iterator[tuple[str, dict[str, int]]]:
     """Every (family, constants) the wrappers can ask for, up to sizes that only change a loop's length."""
-    for t, group in product(range(3), (1, WARPS)):
-        yield "entropy", {"T": t, "DECISION": 0, "GROUP": group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+    for t, (group, form) in product(range(3), ((1, MANY), (WARPS, FEW))):
+        yield "entropy", {"T": t, "DECISION": 0} | form_constants(group, form)
         for ht in range(3):
-            yield "entropy", {"T": t, "HT": ht, "DECISION": 1, "GROUP": group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}
+            yield "entropy", {"T": t, "HT": ht, "DECISION": 1} | form_constants(group, form)
     for t in range(3):
         for size, ranks in ((1, 1), (8, 8)):
             yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
@@ -41,6 +48,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             yield "router", {"T": t, "ROWS": size}
     for t, rp, size, parts, stages in product((1, 2), (64, 256), (32, 64), (1, 2), (3, 4)):
         yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
+    for t, size, parts, splits in product((1, 2), (64, 128), (1, 2), (1, 2, 4, 8)):
+        shape = TileShape(size, splits, 6, warpgroups=True, cluster=True)
+        yield "probe", {"T": t, "RP": 64} | shape.constants(parts, shape.stages)
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
         yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
     yield "conditional", {"SET_CONDITION": 1}
@@ -64,6 +74,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
         yield "probe", {"T": t, "RP": 64, "ROWS": size, "RANKS": ranks, "PARTS": 2, "STAGES": 4, "SET_CONDITION": 1}
         yield "router", {"T": t, "ROWS": 1, "SET_CONDITION": 1}
+    for t, units in product(range(3), (8, 24, 72)):
+        yield "router_few", {"T": t, "SLICE": ROUTER_SLICE, "UNITS": units}
+        yield "router_few", {"T": t, "SLICE": ROUTER_SLICE, "UNITS": units, "SET_CONDITION": 1}
 
 
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
@@ -72,9 +85,11 @@ def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
         return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 3 else 0
     if family == "skinny":
         return skinny_bytes(constants)
+    if family == "entropy":
+        return Form(constants["UNROLL"], constants["BLOCKS"], constants["STAGES"]).shared
     if family != "probe" or constants["RANKS"]:
         return 0
-    return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"])
+    return shared_bytes(constants["ROWS"], constants["PARTS"], constants["STAGES"]) + 1024 * constants.get("WGMMA", 0)
 
 
 def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict[str, int]) -> tuple[bool, str]:
@@ -88,7 +103,7 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
         *OPTIONS,
         *extra,
         "-cubin",
-        f"-arch={arch}",
+        f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}",
         "-Xptxas",
         "-v",
         "-o",
@@ -115,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
-        "--only", help="one family: entropy, probe, router, route, conditional, skinny, decode, activate"
+        "--only", help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, activate"
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")
@@ -127,7 +142,7 @@ def main() -> int:
         for family, constants in forms():
             if chosen.only not in (None, family):
                 continue
-            for arch in chosen.arch or ARCHITECTURES:
+            for arch in architectures(chosen.arch or ARCHITECTURES, constants):
                 good, text = compile_one(nvcc, Path(folder), arch, family, constants)
                 total += 1
                 failed += not good

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 I32, I64, F32 = np.int32, np.int64, np.float32
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
+SHARED_SOURCES = ("primitives.cuh", "common.cuh")
+OWN = {"entropy": ("entropy_state.cuh",)}
 OPTIONS = ("-std=c++17", "-ftz=true")
 MAX_ROWS = 32768
 """Rows (or tiles of rows) one launch may count."""
@@ -40,7 +42,9 @@ _slots: dict[tuple[int, int, bool], int] = {}
 def source_text(family: str, constants: Mapping[str, int]) -> str:
     """The whole translation unit. Constants stand above it, not on the command line, where `-DT=2` would hit CUDA's headers."""
     head = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return head + "".join((SOURCES / name).read_text() for name in ("primitives.cuh", "common.cuh", f"{family}.cu"))
+    return head + "".join(
+        (SOURCES / name).read_text() for name in (*SHARED_SOURCES, *OWN.get(family, ()), f"{family}.cu")
+    )
 
 
 def kind(tensor: Tensor, name: str) -> int:
@@ -98,7 +102,8 @@ def properties(index: int) -> Any:
 
 
 def ptx_of(cupy: Any, text: str, name: str, capability: str) -> bytes:
-    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional."""
+    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional.
+    Those for one chip alone ("90a") go the same way: CuPy compiles for plain capabilities."""
     nvrtc = importlib.import_module("cupy.cuda").nvrtc
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
@@ -129,17 +134,17 @@ def refuse_shape(what: str, grid: Sequence[int], threads: int) -> None:
 def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], index: int, shared: int) -> Any:
     """The kernel, loaded on device `index`, allowed to use `shared` bytes of dynamic shared memory."""
     values = dict(constants)
-    conditional = "SET_CONDITION" in values
+    conditional, chip = "SET_CONDITION" in values, "a" if values.get("WGMMA") else ""
     cupy = require_conditional_nodes() if conditional else require_gpu()
     found = properties(index)
     refuse_in_capture(f"the kernel {family}.{entry} {values}")
     text = source_text(family, values)
     with torch.cuda.device(index), cupy.cuda.Device(index):
         _arena(index)
-        if conditional:
+        if conditional or chip:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{family}.ptx"
-                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}"))
+                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}{chip}"))
                 kernel = cupy.RawModule(path=str(path)).get_function(entry)
                 registers = kernel.num_regs  # asking loads it now, while the file is there and nothing is captured
         else:

@@ -19,18 +19,42 @@ from sedac_cli.gpu.reference import Decision, Entropy
 from sedac_cli.gpu.tensors import Number, Rows, buffer, number
 
 THREADS = 256
-BLOCKS = 4
-"""Blocks per multiprocessor the kernel is compiled for: 64 registers a thread, no spills."""
-UNROLL = 4
-"""16-byte loads in flight per thread: 64 KiB per multiprocessor, over the ~40 KiB that cover HBM's latency."""
 WARPS = THREADS // 32
 QUEUE_FROM = 2**24
-"""Logits from which warps take chunks from a queue; below, one wave of blocks is over before a queue could even anything out."""
+"""Logits from which warps take chunks of their own; below, a block per chunk, and one wave of blocks."""
 MIN_CHUNK = 4096
 ROUNDS = 16
 """Chunks a warp takes at most, looking for a number of chunks that ends with no warp idle."""
 FULL = 0.93
 """Share of warps with work in the last round that is good enough."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a kernel reads: `unroll` 16-byte loads of a thread at once, `blocks` per multiprocessor that it is compiled for, and
+    with `stages` > 0 through shared memory, where `stages` - 1 such rounds are under way while one is worked on."""
+
+    unroll: int
+    blocks: int
+    stages: int = 0
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block."""
+        return WARPS * self.stages * self.unroll * 512
+
+    def resident(self, multiprocessors: int, shared: int) -> int:
+        """Blocks that run at a time; each takes 1 KiB of a multiprocessor's shared memory for itself."""
+        return multiprocessors * max(1, min(self.blocks, shared // (self.shared + 1024)))
+
+
+FEW = Form(5, 4)
+"""32 x 151936 logits over 512 blocks are 4.7 vectors a thread: all of them asked for at once."""
+MANY = Form(4, 4, 3)
+"""48 KiB a block and four blocks: 128 KiB under way per multiprocessor, three times what covers HBM's latency, so that the last
+third of the warps still fills the memory bus."""
+EARLY = False
+"""Whether the launch may begin while the one ahead ends."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +68,16 @@ class Cut:
     queued: bool
 
 
-def cut_of(rows: int, vocab: int, multiprocessors: int) -> Cut:
-    """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once. Many: a warp per chunk.
+def cut_of(rows: int, vocab: int, few: int, many: int, decision: bool = False) -> Cut:
+    """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once (`few`; with a decision one block of each
+    row reads its hidden state). Many: a warp per chunk, `many` blocks of them.
 
     A chunk costs a reduction, so the fewest rounds that leave no warp idle win: on an H200 one round of 4096 chunks read
     4096 x 151936 logits in 298 us and 1024 rows in 83 us, eight rounds took 321 and 96 us.
     """
-    resident = multiprocessors * BLOCKS
-    if rows * vocab < QUEUE_FROM and rows <= resident // 2:
-        return cut(rows, vocab, WARPS, min(resident // rows, -(-vocab // MIN_CHUNK)), resident)
-    warps = resident * WARPS
+    if rows * vocab < QUEUE_FROM and rows <= few // 2:
+        return cut(rows, vocab, WARPS, min(few // rows - decision, -(-vocab // MIN_CHUNK)), few)
+    warps = many * WARPS
 
     def full(rounds: int) -> float:
         return rows * (rounds * warps // rows) / (rounds * warps)
@@ -61,7 +85,7 @@ def cut_of(rows: int, vocab: int, multiprocessors: int) -> Cut:
     enough = (rounds for rounds in range(1, ROUNDS + 1) if full(rounds) >= FULL)
     rounds = next(enough, max(range(1, ROUNDS + 1), key=full))
     parts = max(1, rounds * warps // rows)
-    return cut(rows, vocab, 1, min(parts, -(-vocab // MIN_CHUNK)), resident)
+    return cut(rows, vocab, 1, min(parts, -(-vocab // MIN_CHUNK)), many)
 
 
 def cut(rows: int, vocab: int, group: int, parts: int, resident: int) -> Cut:
@@ -137,18 +161,27 @@ def _launch(rows: Rows, outputs: list[Tensor | None], constants: dict[str, int],
     if rows.count > MAX_ROWS:
         raise ValueError(f"{rows.count} rows in one call: at most {MAX_ROWS}")
     device = rows.tensor.device
-    how = cut_of(rows.count, rows.width, properties(device_index(device)).multi_processor_count)
+    found = properties(device_index(device))
+    count, shared = found.multi_processor_count, found.shared_memory_per_block_optin + 1024
+    decision = bool(constants["DECISION"])
+    how = cut_of(rows.count, rows.width, FEW.resident(count, shared), MANY.resident(count, shared), decision)
+    form, apart = (FEW, decision) if how.group == WARPS else (MANY, False)
     items = rows.count * how.parts
     partial = torch.empty(items, 4, dtype=torch.float32, device=device)
-    norms = [torch.empty(items, 2, dtype=torch.float32, device=device)] if constants["DECISION"] else []
+    norms = [torch.empty(rows.count if apart else items, 2, dtype=torch.float32, device=device)] if decision else []
     launch(
-        "entropy", "entropy", constants | {"GROUP": how.group, "UNROLL": UNROLL, "BLOCKS": BLOCKS}, device,
-        grid=(how.blocks,), threads=THREADS,
+        "entropy", "entropy", constants | form_constants(how.group, form), device,
+        grid=(how.blocks + rows.count * apart,), threads=THREADS, shared=form.shared, early=EARLY,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), I32(how.parts), I32(how.chunk), partial, counters(device),
             I32(MAX_ROWS if how.queued else -1), *outputs, *norms, *extra,
         ],
     )  # fmt: skip
+
+
+def form_constants(group: int, form: Form) -> dict[str, int]:
+    """What the source is compiled with beside its element types."""
+    return {"GROUP": group, "UNROLL": form.unroll, "BLOCKS": form.blocks, "STAGES": form.stages, "EARLY": int(EARLY)}
 
 
 def _as_given(result, logits: Tensor):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_cli.gpu.compile import I32, kind, launch
+from sedac_cli.gpu.compile import I32, I64, kind, launch
 from sedac_cli.gpu.route import route_merge, route_split, scatter_rows
 from sedac_cli.gpu.skinny import ACTIVATIONS
 from sedac_cli.gpu.tensors import flat
@@ -65,16 +65,20 @@ def grouped(rows: Tensor, weight: Tensor, count: Tensor) -> Tensor:
 
 
 def activate_rows(gate: Tensor, up: Tensor, activation: str, count: Tensor) -> Tensor:
-    """act(gate) * up for the first `count` rows, each product rounded as separate layers would."""
+    """act(gate) * up for the first `count` rows, each product rounded as separate layers would. Both may be halves of one
+    matrix."""
     rows, width = gate.shape
-    if width % 8 or gate.shape != up.shape or not gate.is_contiguous() or not up.is_contiguous():
-        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)}: dense, alike, a width divisible by 8")
-    out = torch.empty_like(gate)
+    alike = gate.shape == up.shape and gate.stride() == up.stride() and gate.stride(1) == 1
+    if width % 8 or not alike or gate.stride(0) % 8 or gate.data_ptr() % 16 or up.data_ptr() % 16:
+        raise ValueError(
+            f"gate {tuple(gate.shape)} and up {tuple(up.shape)}: dense rows, alike, a width divisible by 8"
+        )
+    out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if rows:
         slices = max(1, min(8, width // 4096))
         launch(
             "activate", "activate", {"T": kind(gate, "gate"), "ACT": ACTIVATIONS[activation]}, gate.device,
             grid=(rows, slices), threads=256,
-            args=[gate, up, out, I32(width), flat(count, "count", 1, gate.device, torch.int32)],
+            args=[gate, up, I64(gate.stride(0)), out, I32(width), flat(count, "count", 1, gate.device, torch.int32)],
         )  # fmt: skip
     return out

@@ -33,7 +33,15 @@ from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
 
 FEW_ROWS = 8
 """Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
+HOPPER_ROWS = 512
+"""From here on, on a chip with warpgroup products, tiles are large and their blocks a cluster."""
+EARLY = False
+"""Whether the launch may begin while the one ahead ends."""
 ROUTER_THREADS = 512
+ROUTER_SLICE = 256
+"""Of the hidden axis, where a row's router is spread over blocks."""
+ROUTER_ROWS = 32
+"""Up to here it is: one block for each of 32 rows leaves 100 multiprocessors idle."""
 MAX_UNITS = 64
 MAX_RANK = 256
 Precision = Literal["split", "plain"]
@@ -143,9 +151,12 @@ def probe_risk(
         return risk.view(hidden.shape[:-1])
     plan = _plan(rows, weights, precision, kind(hidden, "hidden"))
     constants = plan.constants | _conditional(arm)
-    partial = torch.empty(plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"], device=device)
+    clustered = constants.get("CLUSTER", 0) > 0
+    size = 0 if clustered else plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"]
+    partial = torch.empty(size, device=device) if size else None
     launch(
         "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared,
+        early=EARLY and arm is None,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), plan.weight, I32(weights.full.shape[1]), weights.constants,
             I32(weights.rank), partial, counters(device),
@@ -166,6 +177,7 @@ def router_score(
     needs: Tensor | None = None,
     arm: Handles | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Score (float32) and run (bool: not score > threshold, and wherever a token may not skip) of every row. NaN runs."""
     rows = Rows.of(hidden, "hidden")
@@ -176,6 +188,9 @@ def router_score(
     run = buffer(given[1], "run", rows.shape, torch.bool, device)
     shape = hidden.shape[:-1]
     if _nothing_to_do(rows, needs, arm):
+        return score.view(shape), run.view(shape)
+    if rows.count <= ROUTER_ROWS:
+        _router_few(rows, weights, threshold, score, run, _tail(rows, may_skip, real, needs, arm), arm, scratch)
         return score.view(shape), run.view(shape)
     size = _rows_of_a_block(rows, weights)
     blocks = -(-rows.count // size)
@@ -190,6 +205,35 @@ def router_score(
         ],
     )  # fmt: skip
     return score.view(shape), run.view(shape)
+
+
+def _router_few(
+    rows: Rows,
+    weights: RouterWeights,
+    threshold: Number,
+    score: Tensor,
+    run: Tensor,
+    tail: list[Tensor | np.generic | None],
+    arm: Handles | None,
+    scratch: Tensor | None,
+) -> None:
+    """One block a row reads its weights through one multiprocessor; slices of the row have as many as there are of them."""
+    device, slices = rows.tensor.device, -(-rows.width // ROUTER_SLICE)
+    constants = {"T": kind(rows.tensor, "hidden"), "SLICE": ROUTER_SLICE, "UNITS": -(-(1 + weights.units) // 8) * 8}
+    partial = router_scratch(rows.count, weights, device) if scratch is None else scratch
+    launch(
+        "router_few", "router_few", constants | _conditional(arm), device, grid=(slices, rows.count), threads=256,
+        early=arm is None,
+        args=[
+            *rows.args(), I32(rows.width), weights.matrix, I32(weights.matrix.shape[1]), weights.outer, I32(weights.units),
+            weights.bias, F32(weights.eps), partial, counters(device), *number(threshold, "threshold", device), score, run, *tail,
+        ],
+    )  # fmt: skip
+
+
+def router_scratch(rows: int, weights: RouterWeights, device: torch.device) -> Tensor:
+    """What the blocks of up to ROUTER_ROWS rows leave for the one that ends last."""
+    return torch.empty(rows * -(-weights.width // ROUTER_SLICE) * (-(-(1 + weights.units) // 8) * 8 + 2), device=device)
 
 
 def router_bytes(rows: int, width: int) -> int:
@@ -225,20 +269,20 @@ def _plan(rows: Rows, weights: ProbeWeights, precision: Precision, element: int)
     if element == 0 or rows.count <= FEW_ROWS or not rows.aligned:
         size, ranks = (1, 1) if rows.count <= FEW_ROWS else (8, 8)
         _check_tiles(-(-rows.count // size))
-        constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1}
+        constants = common | {"ROWS": size, "RANKS": ranks, "PARTS": 1, "STAGES": 1, "EARLY": int(EARLY)}
         return _Plan(constants, (-(-rows.count // size), -(-weights.rank // ranks), 1), 256, 0, weights.full)
     parts = 2 if precision == "split" else 1
     found = properties(device_index(rows.tensor.device))
-    shape = tile_shape(rows.count, padded_rank, padded, parts, found.multi_processor_count)
+    hopper = found.major == 9 and padded_rank == 64
+    shape = tile_shape(rows.count, padded_rank, padded, parts, found.multi_processor_count, hopper)
     stages = shape.stages
-    while stages > 2 and shared_bytes(shape.size, parts, stages) + 1024 > found.shared_memory_per_block_optin:
+    while stages > 2 and shape.shared(parts, stages) + 1024 > found.shared_memory_per_block_optin:
         stages -= 1
     tiles = -(-rows.count // shape.size)
     _check_tiles(tiles)
-    constants = common | {"ROWS": shape.size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
-    shared = shared_bytes(shape.size, parts, stages)
     grid = (tiles, padded_rank // 64, shape.splits)
-    return _Plan(constants, grid, 2 * shape.size, shared, weights.half(rows.tensor.dtype))
+    weight = weights.half(rows.tensor.dtype)
+    return _Plan(common | shape.constants(parts, stages), grid, shape.threads, shape.shared(parts, stages), weight)
 
 
 @dataclass(frozen=True)
@@ -248,13 +292,39 @@ class TileShape:
     size: int
     splits: int
     stages: int
+    warpgroups: bool = False
+    """Products by warpgroups (sm_90a alone)."""
+    cluster: bool = False
+    """The blocks of a tile are a cluster, and meet in shared memory."""
+    fence: bool = True
+
+    @property
+    def threads(self) -> int:
+        return 2 * self.size
+
+    def shared(self, parts: int, stages: int) -> int:
+        """Dynamic shared memory; a warpgroup's tiles start on 1024 bytes."""
+        return shared_bytes(self.size, parts, stages) + 1024 * self.warpgroups
+
+    def constants(self, parts: int, stages: int) -> dict[str, int]:
+        known = {"ROWS": self.size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
+        special = {"WGMMA": int(self.warpgroups), "CLUSTER": self.splits * self.cluster, "FENCE": int(self.fence)}
+        return known | special | {"EARLY": int(EARLY)}
 
 
-def tile_shape(count: int, padded_rank: int, padded: int, parts: int, multiprocessors: int) -> TileShape:
+def tile_shape(
+    count: int, padded_rank: int, padded: int, parts: int, multiprocessors: int, hopper: bool = False
+) -> TileShape:
     """About two blocks per multiprocessor, so that one loads while the other starts or ends; one where tiles are small.
 
     More than 16 parts per tile would cost more to add up than they save.
     """
+    if hopper and count >= HOPPER_ROWS:
+        size = 128 if count >= 2048 else 64
+        tiles, splits = -(-count // size), 8
+        while splits > 1 and (tiles * splits > multiprocessors or splits > padded // 64):
+            splits //= 2
+        return TileShape(size, splits, 6, warpgroups=True, cluster=True)
     size = 32 if count <= 256 else 64
     tiles = -(-count // size) * (padded_rank // 64)
     blocks = multiprocessors * (1 if size == 32 else 2)
@@ -262,7 +332,7 @@ def tile_shape(count: int, padded_rank: int, padded: int, parts: int, multiproce
 
 
 def shared_bytes(size: int, parts: int, stages: int) -> int:
-    """Dynamic shared memory of a tensor-core tile; STAGE_BYTES in probe.cu, as often as there are stages."""
+    """What a tensor-core tile keeps in shared memory; STAGE_BYTES in probe.cu, as often as there are stages."""
     return stages * (size + 64 * parts) * 128
 
 

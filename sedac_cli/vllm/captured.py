@@ -32,7 +32,8 @@ WARM_ROWS = 1024
 
 
 class Capture:
-    """One per session. `flags[place]` = 1: the MLP runs; `ran[place]`: tokens whose MLP ran, over all replays."""
+    """One per session. `flags[place]` = 1: the MLP runs; `ran[place]`: tokens whose MLP ran, over all replays, and behind them
+    all tokens: what was skipped is their difference, however far the device is behind the host."""
 
     def __init__(self, session: DeviceSession):
         self.session, self.gate = session, session.gate
@@ -41,8 +42,9 @@ class Capture:
         self.place = {layer: i for i, layer in enumerate(gated)}
         self.mode = mode_of(gate)
         self.blends = isinstance(gate, SoftGate)
-        self.flags = torch.ones(len(gated), dtype=torch.int32, device=device)
-        self.ran = torch.zeros(len(gated), dtype=torch.long, device=device)
+        self.all_flags = torch.ones(len(gated) + 1, dtype=torch.int32, device=device)
+        self.flags = self.all_flags[:-1]
+        self.ran = torch.zeros(len(gated) + 1, dtype=torch.long, device=device)
         if self.mode == "probes":
             self.probes = {layer: ProbeWeights.pack(gate.probes[layer], device) for layer in session.looks}
         elif self.mode == "routers":
@@ -55,6 +57,8 @@ class Capture:
         except RuntimeError as error:
             raise InputError(f"sedac on CUDA: {error}") from None
         self.conditions: Conditions | None = None
+        self.outs: Tensor | None = None
+        """[places, rows, hidden]: zero where an MLP under a flag does not write."""
         self.side = torch.cuda.Stream(device)
         self.beside: list[Any] = []
         """What work on the side stream still reads: kept until the streams join, so that its memory is not given away."""
@@ -78,7 +82,7 @@ class Capture:
 
     def open(self, count: int) -> None:
         """The first site of a pass. All conditions of a whole step are made now, so that one launch can arm many."""
-        self.conditions = None
+        self.conditions = self.outs = None
         if not self.flagged(count) and self.nodes.native_else and self.whole():
             self.conditions = self.nodes.conditions(len(self.place), either=True)
         if self.mode == "static":
@@ -94,8 +98,8 @@ class Capture:
         if self.beside:
             torch.cuda.current_stream().wait_stream(self.side)
             self.beside.clear()
-        self.ran += self.flags * self.session.inputs.count
-        self.conditions = None
+        self.ran += self.all_flags * self.session.inputs.count
+        self.conditions = self.outs = None
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -194,9 +198,18 @@ class Capture:
         mlp = self.session.dense[layer]
         assert mlp is not None
         instead = self.session.standin.rows(layer, x) if mlp.rank == 0 else None  # what all ranks hold is summed
-        out = torch.zeros_like(x) if instead is None else instead.to(x.dtype)
-        mlp.few(x, out, flag)
+        out = self.cleared(layer, x) if instead is None else instead.to(x.dtype)
+        # Flags of routers, and of rules in torch, are written just ahead; the others long before: weights need not wait.
+        mlp.few(x, out, flag, settled=instead is None and self.mode in ("static", "probes") and self.outs is not None)
         return mlp.reduce(out)
+
+    def cleared(self, layer: int, x: Tensor) -> Tensor:
+        """In a whole step one launch clears the outputs of all layers, and none stands between a norm and its MLP."""
+        if not self.whole():
+            return torch.zeros_like(x)
+        if self.outs is None:
+            self.outs = torch.zeros(len(self.place), *x.shape, dtype=x.dtype, device=x.device)
+        return self.outs[self.place[layer]]
 
     def blended(self, layer: int, x: Tensor, out: Tensor, state: TokenState | None) -> Tensor:
         """The soft gate's mixture; rows that would have skipped keep the MLP they got."""
@@ -272,6 +285,11 @@ def mode_of(gate: Any) -> str:
     if isinstance(gate, CascadeGate) and not is_batch_max(gate):
         return "probes" if all(probe.rank <= MAX_RANK for probe in gate.probes.values()) else "torch"
     return "torch"
+
+
+def known_flag(gate: Any, layer: int) -> bool:
+    """What a static gate says, as the host knows it."""
+    return layer < gate.layer if isinstance(gate, AlwaysGate) else gate.on[layer]
 
 
 def _from(conditions: Conditions, place: int) -> Conditions:

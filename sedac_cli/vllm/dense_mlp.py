@@ -8,10 +8,11 @@ our own kernels: on packed rows whose number only the device knows, or on few ro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sedac_cli.gpu.packed import activate_rows, grouped
 
 ACTIVATIONS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
 
@@ -22,8 +23,6 @@ class DenseMlp:
     """[2 x inner, hidden]: gate, then up."""
     down: Tensor
     activation: str
-    fused: nn.Module
-    """vLLM's own activation, for many rows."""
     parallel: int
     """Over how many GPUs the inner width is split."""
     rank: int
@@ -57,20 +56,21 @@ class DenseMlp:
         name = ACTIVATIONS[type(act).__name__]
         if name == "gelu" and getattr(act, "approximate", "none") == "tanh":
             name = "gelu_tanh"
-        return cls(first.weight, last.weight, name, act, getattr(last, "tp_size", 1), getattr(last, "tp_rank", 0))
+        return cls(first.weight, last.weight, name, getattr(last, "tp_size", 1), getattr(last, "tp_rank", 0))
 
     def packed(self, rows: Tensor, counts: Tensor) -> Tensor:
         """The first counts[0] rows; what lies behind them is undefined, in and out. The host never learns how many."""
-        hidden = _grouped(rows, self.gate_up, counts)
-        return self.reduce(_grouped(self.fused(hidden), self.down, counts))
+        gate, up = grouped(rows, self.gate_up, counts).chunk(2, dim=1)
+        return self.reduce(grouped(activate_rows(gate, up, self.activation, counts), self.down, counts))
 
-    def few(self, x: Tensor, out: Tensor, need: Tensor) -> None:
-        """A few rows into `out`, unless the flag is 0: then nothing is read or written."""
+    def few(self, x: Tensor, out: Tensor, need: Tensor, settled: bool = False) -> None:
+        """A few rows into `out`, unless the flag is 0: then nothing is read or written. `settled`: the launch just ahead does
+        not write the flag."""
         from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
 
         inner = self.gate_up.shape[0] // 2
-        z = skinny_gated(x, self.gate_up[:inner], self.gate_up[inner:], self.activation, need=need)
-        skinny_linear(z, [self.down], out=out, need=need)
+        z = skinny_gated(x, self.gate_up[:inner], self.gate_up[inner:], self.activation, need=need, settled=settled)
+        skinny_linear(z, [self.down], out=out, need=need, settled=True)
 
     def reduce(self, y: Tensor) -> Tensor:
         if self.parallel == 1:
@@ -78,9 +78,3 @@ class DenseMlp:
         from vllm.distributed import tensor_model_parallel_all_reduce
 
         return tensor_model_parallel_all_reduce(y)
-
-
-def _grouped(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """rows @ weight.T for the first counts[0] rows: one group, whose end lies on the device."""
-    multiply: Any = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
-    return multiply(rows, weight.t().unsqueeze(0), offs=counts)

@@ -7,7 +7,8 @@ While vLLM captures a graph (`captured.py`), a layer's MLP becomes one of
 - kernels: for open bf16 weights and few rows, launches that a flag stops. No node; rounding differs from cuBLAS.
 
 In a graph the MLP runs if any row needs it; rows that would have skipped then get it for free. Steps that no graph covers
-(long prompts) decide row by row: active rows are packed, and a grouped matrix product reads their number on the device.
+(long prompts) decide row by row: active rows are packed, and a grouped matrix product reads their number on the device. Where
+the host knows what all rows do (a gate that looks at nothing, and no row that is an exception), an MLP is launched or not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sedac_cli.errors import InputError
 from sedac_cli.gates.base import TokenState
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu.route import gather_rows, scatter_rows
-from sedac_cli.vllm.captured import Capture, relax_captures
+from sedac_cli.vllm.captured import Capture, known_flag, relax_captures
 from sedac_cli.vllm.dense_mlp import DenseMlp
 from sedac_cli.vllm.inputs import MAY_SKIP, MUST_RUN, PADDING, StepInputs
 from sedac_cli.vllm.session import Session, StepRows, is_batch_max
@@ -40,8 +41,12 @@ class DeviceSession(Session):
     def __init__(self, settings: Any, plan: Any, layers: Any, device: torch.device, max_tokens: int):
         super().__init__(settings, plan, layers, device, max_tokens)
         self.inputs = StepInputs(max_tokens, device)
-        self.ran = torch.zeros(len(self.gated), dtype=torch.long, device=device)
-        """Tokens whose MLP ran in steps without a graph, by place."""
+        self.ran = torch.zeros(len(self.gated) + 1, dtype=torch.long, device=device)
+        """Tokens whose MLP ran in steps without a graph, by place; then all tokens of such steps."""
+        self.seen = 0
+        """Tokens the device had come to when the counters were last read."""
+        self.protected = False
+        """Whether any row of this step must run every MLP."""
         self.dense = {layer: DenseMlp.of(self.layers[layer].mlp) for layer in self.gated}
         self.use_kernels = settings.mlp == "kernels"
         self.packs = False
@@ -100,10 +105,10 @@ class DeviceSession(Session):
         if is_batch_max(self.gate):
             state[rows.prefill] = PADDING
         sinks = self.gate.guards.sinks
-        protected = bool(force.any()) or bool(sinks and (rows.position < sinks).any())
+        self.protected = bool(force.any()) or bool(sinks and (rows.position < sinks).any())
         if strict is None and self.gate.strict_side is not None:
             strict = np.full(len(force), np.inf if self.gate.strict_side == "low" else -np.inf, dtype=np.float32)
-        self.inputs.write(rows.position, state, strict, protected)
+        self.inputs.write(rows.position, state, strict, self.protected)
 
     def start(self, count: int) -> TokenState:
         """From device memory, so that a captured pass reads the rows of the step that replays it."""
@@ -148,10 +153,19 @@ class DeviceSession(Session):
             if self.packs and x.shape[0] >= PACK_ROWS:  # vLLM measures here how much memory a step takes
                 return self.by_rows(layer, x, torch.ones(x.shape[0], device=x.device))
             return self.forward[layer](x)
+        place, count = self.capture.place[layer], len(self.rows.position)
+        if layer == self.gated[-1]:
+            self.ran[-1] += count
+        if self.capture.mode == "static" and not self.protected:
+            if known_flag(self.gate, layer):
+                self.ran[place] += count
+                return self.forward[layer](x)
+            instead = self.standin.rows(layer, x)
+            return torch.zeros_like(x) if instead is None else instead.to(x.dtype)
         state = self.fresh(x.shape[0], capturing)
         if layer not in self.looks:
             self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
-        self.ran[self.capture.place[layer]] += ((state.scale > 0) & state.real).sum()
+        self.ran[place] += (state.scale[:count] > 0).sum()
         if layer == self.gated[-1]:
             self.state = None
         return self.by_rows(layer, x, state.scale)
@@ -194,12 +208,16 @@ class DeviceSession(Session):
         if self.capture is None:
             return
         graphs, rows, before = self.capture.ran.tolist(), self.ran.tolist(), 0
+        self.seen = graphs[-1] + rows[-1]
         latches = self.capture.mode in ("probes", "static")
         for place, layer in enumerate(self.gated):
-            skipped = max(0, self.counters.tokens - rows[place] - graphs[self.capture.point(layer)])
+            skipped = max(0, self.seen - rows[place] - graphs[self.capture.point(layer)])
             self.counters.skipped[layer] = skipped
             self.counters.exits[layer] = max(0, skipped - before) if latches else skipped
             before = skipped
+
+    def settled(self) -> bool:
+        return self.capture is None or self.seen == self.counters.tokens
 
     def status(self) -> dict[str, Any]:
         torch.cuda.synchronize(self.device)

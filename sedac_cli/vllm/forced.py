@@ -36,15 +36,15 @@ class ForcedGate(Gate):
 
     def force(self, off: Sequence[int]) -> None:
         check_layers(off, self.num_layers, "gate 'forced'")
-        flags = torch.ones(self.num_layers, dtype=torch.int32)
-        flags[list(off)] = 0
-        self.flags.copy_(flags)
+        self.on = [layer not in off for layer in range(self.num_layers)]
+        """The flags as the host knows them."""
+        self.flags.copy_(torch.tensor(self.on, dtype=torch.int32))
 
     def rule(self, layer: int, hidden: Tensor | None, state: TokenState) -> Tensor:
         return self.flags[layer].to(state.scale.dtype).expand_as(state.scale)
 
     def parameters(self) -> dict[str, Any]:
-        return {"off": [layer for layer, on in enumerate(self.flags.tolist()) if not on]}
+        return {"off": [layer for layer, on in enumerate(self.on) if not on]}
 
     def to(self, device: torch.device | str) -> ForcedGate:
         self.flags = self.flags.to(device)

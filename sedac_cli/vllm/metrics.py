@@ -61,6 +61,8 @@ class Reporter:
         self.counts, self.first_stage = counts, first_stage
         self.every = session.settings.log_every
         self.logged = 0
+        self.settled = True
+        """Whether what was last read was all of the steps that had begun."""
         self.stop = threading.Event()
         self.before: dict[str, Any] = {"steps": 0, "tokens": 0, "seconds": 0.0, "skipped": [], "exits": []}
         self.stream = torch.cuda.Stream(session.device) if session.device.type == "cuda" else None
@@ -90,7 +92,7 @@ class Reporter:
         steps = session.counters.steps
         if not steps and not self.before["steps"]:
             return  # vLLM may still be capturing its graphs: the device is left alone
-        if steps == self.before["steps"]:
+        if steps == self.before["steps"] and self.settled:
             if self.counts:
                 with self.own_stream(session):
                     self.publish_thresholds(thresholds_of(session.gate))
@@ -113,9 +115,11 @@ class Reporter:
     def read(self, session: Session) -> dict[str, Any]:
         """The counters as they stand."""
         counters = session.counters
+        quiet = session.settled()
         steps, tokens = counters.steps, counters.tokens
         with self.own_stream(session):
             getattr(session, "add_up", lambda: None)()
+            self.settled = quiet and session.settled() and steps == counters.steps
             return {
                 "steps": steps, "tokens": tokens, "skipped": counters.skipped.tolist(), "exits": counters.exits.tolist(),
                 "seconds": counters.seconds, "thresholds": thresholds_of(session.gate),
@@ -124,7 +128,8 @@ class Reporter:
     def publish(self, session: Session, now: dict[str, Any]) -> None:
         """Add what came since the last time; after a reset everything came since."""
         before: dict[str, Any] = self.before if now["steps"] >= self.before["steps"] else dict.fromkeys(self.before, 0)
-        self.before = {name: now[name] for name in self.before}
+        # On CUDA a step may be half counted when it is read, and what was skipped seem less than it was: that is no growth.
+        self.before = {name: _furthest(now[name], before[name]) for name in self.before}
         if not self.counts:
             return
         metrics = self.metrics
@@ -140,7 +145,7 @@ class Reporter:
         earlier = before["exits"] or [0] * len(now["exits"])
         for layer in session.gated:
             metrics.exits.labels(layer).inc(max(0, now["exits"][layer] - earlier[layer]))
-        metrics.skipped.inc(max(0, sum(now["skipped"]) - sum(before["skipped"] or [0])))
+        metrics.skipped.inc(sum(self.before["skipped"]) - sum(before["skipped"] or [0]))
         metrics.ratio.labels(self.rank).set(ratio(now, session))
         if now["seconds"] and grown("steps"):
             metrics.latency.labels(self.rank).set(grown("seconds") / grown("steps"))
@@ -149,6 +154,12 @@ class Reporter:
     def publish_thresholds(self, values: dict[int | str, float]) -> None:
         for layer, value in values.items():
             self.metrics.threshold.labels(self.rank, layer).set(value)
+
+
+def _furthest(now: Any, before: Any) -> Any:
+    if not isinstance(now, list):
+        return max(now, before)
+    return [max(pair) for pair in zip(now, before or [0] * len(now), strict=True)]
 
 
 def thresholds_of(gate: Any) -> dict[int | str, float]:

@@ -199,6 +199,10 @@ class Session:
 
     # From outside -----------------------------------------------------------------------------------------------
 
+    def settled(self) -> bool:
+        """Whether the counters, as last read, hold all of the steps that were counted."""
+        return self.rows is None
+
     def status(self) -> dict[str, Any]:
         """What this worker runs, and what it has skipped. Reads the device: for people, not for steps."""
         counters = self.counters

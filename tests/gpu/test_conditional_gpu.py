@@ -78,7 +78,7 @@ def test_branches_run_one_side(native_else):
             )
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 40, 700])
 def test_the_probe_arms_later_nodes_itself(rows):
     weights, nodes = ProbeWeights.pack(Probe(256).cuda(), "cuda"), ConditionalGraph()
     hidden = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)

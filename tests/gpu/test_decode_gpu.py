@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import agree_away_from, assert_close, counters_come_back, poison, router_of  # noqa: F401 - one is a fixture
+from cases import (
+    agree_away_from,
+    assert_close,
+    captured,
+    counters_come_back,  # noqa: F401 - a fixture
+    poison,
+    router_of,
+)
 from torch import Tensor
 
 from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.decode import Heads
-from sedac_cli.gpu.probe import RouterWeights
-from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
+from sedac_cli.gpu.probe import RouterWeights, router_score, router_scratch
+from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -81,6 +88,48 @@ def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
     else:
         close("residual", out, held.float() + x.float() @ weight.float().T)
         assert not torch.equal(z, held)
+
+
+@pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size):
+    """Five layers in a graph, replayed without a pause, against the same launches with a wait after each."""
+    make = {"dtype": torch.bfloat16, "scale": width**-0.5}
+    layers = [(random(size, width, **make), random(size, width, **make), random(width, size, **make)) for _ in range(5)]
+    routers = [RouterWeights.pack(router_of(width, 16, "cuda"), "cuda") for _ in layers]
+    norm = torch.ones(width, dtype=torch.bfloat16, device="cuda")
+    start, h = random(rows, width, dtype=torch.bfloat16), random(rows, width, dtype=torch.bfloat16)
+    needs = torch.zeros(len(layers), dtype=torch.int32, device="cuda")
+    limits = torch.zeros(len(layers), device="cuda")
+    out = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
+    scratch = router_scratch(rows, routers[0], h.device)
+
+    def step(races: bool) -> None:
+        h.copy_(start)
+        needs.fill_(PENDING)
+        for i, (gate, up, down) in enumerate(layers):
+            need = needs[i : i + 1]
+            x = decode.rms_norm(h, norm, 1e-6)
+            router_score(x, routers[i], threshold=limits[i : i + 1], needs=need, out=out, scratch=scratch)
+            if not races:
+                torch.cuda.synchronize()
+            z = skinny_gated(x, gate, up, "silu", need=need, races=races)
+            skinny_linear(z, [down], residual=h, out=h, need=need, settled=True)
+
+    graph, _ = captured(lambda: step(True))
+    seen = set()
+    for pattern in (0, 31, 21, 10, 4):
+        limits.copy_(torch.tensor([-1e9 if pattern >> i & 1 else 1e9 for i in range(len(layers))]))
+        step(False)
+        torch.cuda.synchronize()
+        expected, flags = h.clone(), needs.tolist()
+        seen.add(tuple(flags))
+        for _ in range(20):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert needs.tolist() == flags
+        assert torch.equal(h, expected)
+    assert seen == {(1,) * 5, (0,) * 5, (0, 1, 0, 1, 0), (1, 0, 1, 0, 1), (1, 1, 0, 1, 1)}
 
 
 def test_what_the_linear_kernel_does_not_take_is_named():

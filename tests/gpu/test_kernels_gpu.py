@@ -69,7 +69,10 @@ def test_entropy_of_strided_and_unaligned_rows(dtype, offset, rows):
     check_entropy(batch[:, : max(1, rows // 2)], "first half of each sequence")
 
 
-@pytest.mark.parametrize(("rows", "vocab"), [(2100, 4099), (3000, 1000), (150, 50257), (1024, 32001), (1, 3), (9, 1)])
+@pytest.mark.parametrize(
+    ("rows", "vocab"),
+    [(2100, 4099), (3000, 1000), (150, 50257), (1024, 32001), (150, 131073), (5000, 3), (1, 3), (9, 1)],
+)
 def test_entropy_of_every_cut(rows, vocab):
     """Rows per block, blocks per row, and the odd mixtures between."""
     check_entropy(logits_of(rows, vocab, torch.bfloat16), f"{rows}x{vocab}")
@@ -157,7 +160,10 @@ def check_decision(logits, hidden, before, mean, std, progress, threshold) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden_dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "vocab", "width"), [(0, 1000, 8), (1, 50257, 3584), (33, 1001, 77), (2100, 1003, 64)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "width"),
+    [(0, 1000, 8), (1, 50257, 3584), (33, 1001, 77), (264, 5000, 640), (2100, 1003, 64), (600, 32001, 1000)],
+)
 def test_decision(dtype, hidden_dtype, rows, vocab, width):
     hidden = torch.randn(rows, width, device="cuda").to(hidden_dtype)
     before = (hidden.float() + torch.randn(rows, width, device="cuda") * 0.3).to(hidden_dtype)
@@ -244,7 +250,7 @@ def test_probe_flag_when_all_or_none_are_left():
         assert needs.item() == 0, "padding asked for the MLP"
 
 
-@pytest.mark.parametrize("rows", [1, 300])
+@pytest.mark.parametrize("rows", [1, 300, 2050])
 def test_probe_replays(rows):
     probe = Probe(512).cuda()
     weights = ProbeWeights.pack(probe, "cuda")
@@ -261,7 +267,7 @@ def test_probe_replays(rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [0, 1, 33, 600, 4096])
+@pytest.mark.parametrize("rows", [0, 1, 7, 32, 33, 600, 4096])
 @pytest.mark.parametrize("width", [77, 128, 3584, 8192])
 @pytest.mark.parametrize(("units", "offset"), [(0, 0), (16, 1), (64, 0)])
 def test_router(dtype, rows, width, units, offset):

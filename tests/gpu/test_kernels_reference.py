@@ -192,16 +192,29 @@ def test_a_cpu_tensor_is_refused_not_computed(call):
 
 def test_every_cut_covers_its_rows():
     """The kernel's bookkeeping: chunks cover a row once, none is empty, counters fit, and waves are nearly full."""
-    for rows, vocab in ((1, 3), (1, 1000), (1, 262144), (7, 32001), (5000, 1000), (32768, 262143), (300, 5000)):
-        cut = entropy.cut_of(rows, vocab, 132)
-        assert cut.parts * cut.chunk >= vocab > (cut.parts - 1) * cut.chunk
-        assert rows * cut.parts < 2**31
-        assert cut.blocks >= rows * cut.parts if cut.group == entropy.WARPS else 0 < cut.blocks <= 132 * entropy.BLOCKS
-    for rows in range(33, 8193, 37):
-        cut = entropy.cut_of(rows, 151936, 132)
-        slots = 132 * entropy.BLOCKS * (entropy.WARPS // cut.group)
-        rounds = rows * cut.parts / slots
-        assert rounds / math.ceil(rounds) > 0.8, f"{rows} rows: {rounds:.2f} rounds"
+    few, many = entropy.FEW.resident(132, 228 * 1024), entropy.MANY.resident(132, 228 * 1024)
+    for decision in (False, True):
+        for rows, vocab in ((1, 3), (1, 1000), (1, 262144), (7, 32001), (5000, 1000), (32768, 262143), (264, 5000)):
+            cut = entropy.cut_of(rows, vocab, few, many, decision)
+            assert cut.parts * cut.chunk >= vocab > (cut.parts - 1) * cut.chunk
+            assert rows * cut.parts < 2**31
+            if cut.group == entropy.WARPS:
+                assert rows * cut.parts == cut.blocks <= few - rows * decision
+            else:
+                assert 0 < cut.blocks <= many
+        for rows in range(33, 8193, 37):
+            cut = entropy.cut_of(rows, 151936, few, many, decision)
+            apart = rows * decision if cut.group == entropy.WARPS else 0
+            rounds = (rows * cut.parts + apart) / (few if cut.group == entropy.WARPS else many * entropy.WARPS)
+            assert rounds / math.ceil(rounds) > 0.8, f"{rows} rows: {rounds:.2f} rounds"
+
+
+def test_a_form_takes_as_many_blocks_as_its_shared_memory_allows():
+    assert entropy.Form(4, 4).resident(10, 100 * 1024) == 40
+    assert entropy.Form(4, 4, 3).shared == 8 * 3 * 4 * 32 * 16
+    assert entropy.Form(4, 4, 3).resident(10, 228 * 1024) == 40
+    assert entropy.Form(4, 4, 3).resident(10, 100 * 1024) == 20
+    assert entropy.Form(8, 4, 6).resident(10, 100 * 1024) == 10
 
 
 def test_launches_no_device_takes_are_refused_by_name():

@@ -227,6 +227,31 @@ def test_adaptive_thresholds_learn_at_every_replay():
 
 
 @torch.no_grad()
+def test_steps_without_a_graph_launch_nothing_where_the_host_knows():
+    session, layers = make_session(ForcedGate(LAYERS, [1, 3]))
+    launched = []
+    for index, forward in list(session.forward.items()):
+        session.forward[index] = lambda x, index=index, forward=forward: launched.append(index) or forward(x)
+    x = torch.randn(700, WIDTH, device="cuda", dtype=torch.bfloat16)
+    for dense, off in (
+        (None, [1, 3]),
+        (np.arange(700) == 5, []),
+    ):  # a row that opted out is an exception: all are asked
+        launched.clear()
+        step = rows(700, dense=dense)
+        session.begin(step)
+        out = run_layers(session, layers, x)
+        session.end()
+        if not off:
+            continue
+        assert launched == [0, 2]
+        torch.testing.assert_close(out, by_hand(ForcedGate(LAYERS, off).to("cuda"), ZeroStandIn(), layers, x, step))
+        assert session.status()["skipped"] == [0, 700, 0, 700]
+    assert session.status()["skipped"] == [0, 1399, 0, 1399]
+    assert session.settled()
+
+
+@torch.no_grad()
 def test_steps_without_a_graph_decide_row_by_row():
     gate = CascadeGate(LAYERS, {1: probe(1)}, {1: 0.0})
     session, layers = make_session(gate)

@@ -17,18 +17,18 @@ __device__ __forceinline__ float act(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) activate(
-    const raw* gate, const raw* up, raw* out, int width, const int* count) {
+    const raw* gate, const raw* up, i64 stride, raw* out, int width, const int* count) {
   constexpr int N = Vec<T>::N;
   const int row = blockIdx.x;
   if (row >= *count) return;
-  const i64 base = (i64)row * width;
+  gate += row * stride, up += row * stride, out += (i64)row * width;
   for (int i = (blockIdx.y * THREADS + threadIdx.x) * N; i < width; i += gridDim.y * THREADS * N) {
     float g[N], u[N];
-    unpack<T>(__ldcs((const uint4*)(gate + base + i)), g);
-    unpack<T>(__ldcs((const uint4*)(up + base + i)), u);
+    unpack<T>(__ldcs((const uint4*)(gate + i)), g);
+    unpack<T>(__ldcs((const uint4*)(up + i)), u);
     __align__(16) raw y[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) y[j] = narrow<T>(rounded(act(g[j])) * u[j]);
-    *(uint4*)(out + base + i) = *(const uint4*)y;
+    *(uint4*)(out + i) = *(const uint4*)y;
   }
 }

@@ -34,10 +34,11 @@ __device__ __forceinline__ void unpack(const uint4& q, float (&v)[Vec<KIND>::N])
   }
 }
 
-// One vector of a row that may be unaligned, or end inside the vector: missing elements are 0.
-template <int KIND>
+// One vector of a row that may be unaligned, or end inside the vector: missing elements are 0. FRESH: what the launch ahead may
+// have written while this one had begun already, which must not come by way of the read-only cache.
+template <int KIND, bool FRESH = false>
 __device__ __forceinline__ uint4 load_vec(const typename Elem<KIND>::raw* p, int valid, bool aligned) {
-  if (aligned && valid >= Vec<KIND>::N) return __ldg((const uint4*)p);
+  if (aligned && valid >= Vec<KIND>::N) return FRESH ? *(const uint4*)p : __ldg((const uint4*)p);
   u32 word[4] = {0u, 0u, 0u, 0u};
 #pragma unroll
   for (int i = 0; i < Vec<KIND>::N; ++i) {

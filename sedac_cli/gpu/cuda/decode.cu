@@ -17,30 +17,51 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
 
 #if ENTRY == 1
 // One block per row. `plus_one`: (1 + weight), all in float32, rounded once (Gemma); otherwise rounded before the weight.
+// The weight depends on nothing: it is on its way while the launch ahead still runs. HELD vectors of both stay in registers.
+#define HELD 2
 extern "C" __global__ void rms_norm(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride) {
   __shared__ float shared[32];
-  settle();
-  release();
   const raw* p = x + blockIdx.x * x_stride;
   raw* o = out + blockIdx.x * out_stride;
   constexpr int N = Vec<T>::N;
+  const int stride = blockDim.x * N, begin = threadIdx.x * N;
   const bool aligned = (((u64)p | (u64)o | (u64)weight) & 15) == 0;
-  float square = 0.0f;
-  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
-    float v[N];
-    unpack<T>(load_vec<T>(p + i, width - i, aligned), v);
+  float w[HELD][N], v[HELD][N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
+  for (int h = 0; h < HELD; ++h)
+    if (begin + h * stride < width) unpack<T>(load_vec<T>(weight + begin + h * stride, width - begin - h * stride, aligned), w[h]);
+  settle();
+  release();
+  float square = 0.0f;
+#pragma unroll
+  for (int h = 0; h < HELD; ++h)
+    if (begin + h * stride < width) {
+      unpack<T>(load_vec<T, true>(p + begin + h * stride, width - begin - h * stride, aligned), v[h]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) square = fmaf(v[h][j], v[h][j], square);
+    }
+  for (int i = begin + HELD * stride; i < width; i += stride) {
+    float more[N];
+    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), more);
+#pragma unroll
+    for (int j = 0; j < N; ++j) square = fmaf(more[j], more[j], square);
   }
   const float scale = rsqrtf(block_sum(square, shared) / width + eps);
-  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) {
-    float v[N], w[N];
-    unpack<T>(load_vec<T>(p + i, width - i, aligned), v);
-    unpack<T>(load_vec<T>(weight + i, width - i, aligned), w);
+  auto write = [&](int i, const float (&value)[N], const float (&by)[N]) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      if (i + j < width) o[i + j] = narrow<T>(plus_one ? v[j] * scale * (1.0f + w[j]) : rounded(v[j] * scale) * w[j]);
+      if (i + j < width)
+        o[i + j] = narrow<T>(plus_one ? value[j] * scale * (1.0f + by[j]) : rounded(value[j] * scale) * by[j]);
+  };
+#pragma unroll
+  for (int h = 0; h < HELD; ++h)
+    if (begin + h * stride < width) write(begin + h * stride, v[h], w[h]);
+  for (int i = begin + HELD * stride; i < width; i += stride) {
+    float more[N], by[N];
+    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), more);
+    unpack<T>(load_vec<T>(weight + i, width - i, aligned), by);
+    write(i, more, by);
   }
 }
 #endif
@@ -282,9 +303,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
 // without weights, run = !(score > t). A block norms the whole row but writes, and multiplies with the router, only its
 // SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
 // of an RMSNorm, so its mean is small against its deviation and nothing cancels.
+// `outer` holds the outer weights and, after them, the sum of each row of `matrix`.
 // Constants: T, SLICE (a multiple of 256), UNITS (1 + hidden units, padded to a multiple of 8).
 #define THREADS 256
 #define EACH (UNITS / 8)  // products per warp
+#define MORE ((UNITS + 31) / 32)
 extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
     const float* matrix, int padded, const float* outer, int units, const float* bias, float norm_eps, float* partial,
@@ -305,30 +328,56 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
       w[e][i] = unit <= units && at < padded ? __ldg((const float4*)(matrix + (i64)unit * padded + at)) : make_float4(0, 0, 0, 0);
     }
   }
+  float norm_weight[SLICE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) {
+    const int at = from + threadIdx.x + i * THREADS;
+    norm_weight[i] = at < width ? widen<T>(weight[at]) : 0.0f;
+  }
+  // What the end of the row needs, by the warp that will need it.
+  float outer_weight[MORE], row_sum[MORE], base = 0.0f, base_sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MORE; ++i) outer_weight[i] = row_sum[i] = 0.0f;
+  if (warp == 0) {
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u <= units) outer_weight[i] = __ldg(outer + u - 1), row_sum[i] = __ldg(outer + units + u);
+    }
+    base = __ldg(bias), base_sum = __ldg(outer + units);
+  }
   settle();
   release();
   const raw* p = x + row * x_stride;
   constexpr int N = Vec<T>::N;
   const bool aligned = ((u64)p & 15) == 0;
+  const bool may = !may_skip || may_skip[row], counts = !real || real[row];
+  const float limit = number(threshold_at, threshold);
+  raw own[SLICE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) own[i] = p[min(from + (int)threadIdx.x + i * THREADS, width - 1)];
   float square = 0.0f;
+#pragma unroll 2
   for (int i = threadIdx.x * N; i < width; i += THREADS * N) {
     float v[N];
-    unpack<T>(load_vec<T>(p + i, width - i, aligned), v);
+    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), v);
 #pragma unroll
     for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
   }
   const float scale = rsqrtf(block_sum(square, shared) / width + eps);
   float sum = 0.0f;
   square = 0.0f;
-  for (int i = threadIdx.x; i < SLICE; i += THREADS) {
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) {
+    const int in_slice = threadIdx.x + i * THREADS;
     float y = 0.0f;
-    if (from + i < width) {
-      const float v = widen<T>(p[from + i]), g = widen<T>(weight[from + i]);
+    if (from + in_slice < width) {
+      const float v = widen<T>(own[i]), g = norm_weight[i];
       const raw stored = narrow<T>(plus_one ? v * scale * (1.0f + g) : rounded(v * scale) * g);
-      out[row * out_stride + from + i] = stored;
+      out[row * out_stride + from + in_slice] = stored;
       y = widen<T>(stored);
     }
-    slice[i] = y;
+    slice[in_slice] = y;
     sum += y;
     square = fmaf(y, y, square);
   }
@@ -369,14 +418,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
   if (warp == 0) {
     const float mean = products[UNITS] / width, rate = rsqrtf(products[UNITS + 1] / width - mean * mean + norm_eps);
     float score = 0.0f;
-    for (int u = 1 + lane; u <= units; u += 32) {
-      const float z = (products[u] - mean * __ldg(outer + units + u)) * rate;  // after `outer`: each row's sum of weights
-      score = fmaf(__ldg(outer + u - 1), z / (1.0f + __expf(-z)), score);
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u > units) continue;
+      const float z = (products[u] - mean * row_sum[i]) * rate;
+      score = fmaf(outer_weight[i], z / (1.0f + __expf(-z)), score);
     }
-    score = warp_sum(score) + (products[0] - mean * __ldg(outer + units)) * rate + __ldg(bias);
-    const bool run = !(score > number(threshold_at, threshold)) || (may_skip && !may_skip[row]);
+    score = warp_sum(score) + (products[0] - mean * base_sum) * rate + base;
+    const bool run = !(score > limit) || !may;
     if (lane == 0) score_out[row] = score, run_out[row] = run;
-    need = run && (!real || real[row]);
+    need = run && counts;
   }
   publish_need(need, counter, gridDim.y, needs, handles, handle_count, has_opposite);
 }

@@ -5,132 +5,102 @@
 // block that did would read, reduce and arrive twice in a row, 3 us of an idle memory bus (seen at every row count).
 // GROUP = 8: one item per block, for few rows. GROUP = 1: warps stay and take items from a queue, and never wait for each
 // other, so one warp's reduction hides behind the others' loads; slow and quick multiprocessors end together.
-// The group that brings a row's last part joins them. DECISION: each part also sums its share of |h|^2 and |h - prev|^2.
-// Constants: T (logits), HT (hidden), DECISION, GROUP, UNROLL (loads in flight per thread), BLOCKS per multiprocessor.
+// STAGES > 0 (GROUP = 1): loads go through shared memory, STAGES - 1 rounds of UNROLL ahead and into the warp's next item, so a
+// warp has loads under way while it computes, reduces and arrives, and the last warps of a launch still fill the memory bus.
+// The group that brings a row's last part joins them. DECISION: the stability of a row is one more part, read by a block of
+// its own (GROUP = 8), or each part also sums its share of |h|^2 and |h - prev|^2 (GROUP = 1).
+// Constants: T (logits), HT (hidden), DECISION, GROUP, UNROLL (loads in flight per thread), BLOCKS per multiprocessor, STAGES.
 
 #define THREADS 256
 #define LANES (32 * GROUP)
-#define LOG2E 1.4426950408889634f
-#define LOWEST (-3.4028234663852886e38f)
-#define NEG_INF (-__int_as_float(0x7f800000))
-#define FLOOR (-200.0f)  // 2^-200 is 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN
-#define NO_INDEX 0x7fffffff
+#define ROUND (UNROLL * LANES)      // vectors a group reads at once
+#define ROUND_BYTES (UNROLL * 512)  // of one warp
 
-struct State {
-  float m, s, t;  // maximum, S, T
-  int index;      // of the first maximum
-#if DECISION
-  float norm, moved;  // |h|^2, |h - prev|^2
-#endif
+// A chunk of a row: `head` logits up to the first 16-byte boundary, `vectors` of 16 bytes, and a tail.
+struct Item {
+  const typename Elem<T>::raw* p;
+  int row, part, from, count, head, vectors;
+  __device__ __forceinline__ const uint4* body() const { return (const uint4*)(p + head); }
 };
 
-__device__ __forceinline__ void lift(State& p, float m) {
-  const float d = fmaxf((p.m - m) * LOG2E, FLOOR), a = exp2_fast(d);
-  p.t = a * fmaf(p.s, d, p.t);
-  p.s *= a;
-}
-
-__device__ __forceinline__ State join(State a, State b) {
-  const float m = fmaxf(fmaxf(a.m, b.m), LOWEST);  // finite, so that -inf - -inf never happens
-  lift(a, m);
-  lift(b, m);
-  State r;
-  r.m = fmaxf(a.m, b.m);
-  r.s = a.s + b.s;
-  r.t = a.t + b.t;
-  r.index = a.m > b.m ? a.index : b.m > a.m ? b.index : min(a.index, b.index);
-#if DECISION
-  r.norm = a.norm + b.norm;
-  r.moved = a.moved + b.moved;
-#endif
+__device__ __forceinline__ Item item_at(
+    u32 item, u32 items, const typename Elem<T>::raw* logits, const Rows& at, int vocab, int parts, int chunk) {
+  constexpr int N = Vec<T>::N, SIZE = 16 / N;
+  Item r;
+  if (item >= items) {
+    r.p = logits;
+    r.row = r.part = r.from = r.count = r.head = r.vectors = 0;
+    return r;
+  }
+  r.row = parts == 1 ? (int)item : (int)(item / (u32)parts);
+  r.part = (int)(item - (u32)r.row * parts);
+  r.from = r.part * chunk;
+  r.p = logits + at.offset(r.row) + r.from;
+  r.count = min(chunk, vocab - r.from);
+  r.head = min((int)(((16 - ((u64)r.p & 15)) & 15) / SIZE), r.count);
+  r.vectors = (r.count - r.head) / N;
   return r;
 }
 
-template <int N>
-__device__ __forceinline__ void push(State& p, const float (&v)[N], int base) {
-  float top = v[0];
-#pragma unroll
-  for (int j = 1; j < N; ++j) top = fmaxf(top, v[j]);
-  if (top > p.m) {  // rare after the first few vectors, so the search for the index costs nothing
-    lift(p, top);
-    p.m = top;
-    int k = 0;
-#pragma unroll
-    for (int j = N - 1; j >= 0; --j)
-      if (v[j] == top) k = j;
-    p.index = base + k;
-  }
-  const float m = fmaxf(p.m, LOWEST);
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const float d = max_or_nan((v[j] - m) * LOG2E, FLOOR), e = exp2_fast(d);
-    p.s += e;
-    p.t = fmaf(e, d, p.t);
+// What lies before and after the vectors. A lane must see its logits in order: of equal ones it keeps the first.
+__device__ __forceinline__ void push_ends(State& state, const Item& item, int at, int end) {
+  if (at < end) {
+    const float v[1] = {widen<T>(item.p[at])};
+    push(state, v, item.from + at);
   }
 }
-
-// The maximum first, then one exponential per lane and plain sums.
-__device__ __forceinline__ State warp_join(State p) {
-  float top = p.m;
-#pragma unroll
-  for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
-  if (p.m != top) p.index = NO_INDEX;
-  lift(p, fmaxf(top, LOWEST));
-  p.m = top;
-  p.s = warp_sum(p.s);
-  p.t = warp_sum(p.t);
-#pragma unroll
-  for (int d = 16; d; d >>= 1) p.index = min(p.index, __shfl_xor_sync(0xffffffffu, p.index, d));
-#if DECISION
-  p.norm = warp_sum(p.norm);
-  p.moved = warp_sum(p.moved);
-#endif
-  return p;
+__device__ __forceinline__ void push_head(State& state, const Item& item, int lane) { push_ends(state, item, lane, item.head); }
+__device__ __forceinline__ void push_tail(State& state, const Item& item, int lane) {
+  push_ends(state, item, item.head + item.vectors * Vec<T>::N + lane, item.count);
 }
 
-__device__ __forceinline__ State empty_state() {
-  State p;
-  p.m = NEG_INF;
-  p.s = p.t = 0.0f;
-  p.index = NO_INDEX;
-#if DECISION
-  p.norm = p.moved = 0.0f;
-#endif
-  return p;
+__device__ __forceinline__ void push_vector(State& state, const Item& item, const uint4& q, int i) {
+  float v[Vec<T>::N];
+  unpack<T>(q, v);
+  push(state, v, item.from + item.head + i * Vec<T>::N);
 }
 
-// A lane's share of `count` logits from `p`. `base` is the index of p[0] in its row.
-__device__ __forceinline__ State scan(const typename Elem<T>::raw* p, int count, int base, int lane) {
-  constexpr int N = Vec<T>::N, SIZE = 16 / N;
+// A lane's share of an item, UNROLL loads at a time in registers.
+__device__ __forceinline__ State scan(const Item& item, int lane) {
   State state = empty_state();
-  const int head = min((int)(((16 - ((u64)p & 15)) & 15) / SIZE), count);
-  const int vectors = (count - head) / N, tail = count - head - vectors * N;
-  if (lane < head) {
-    const float v[1] = {widen<T>(p[lane])};
-    push(state, v, base + lane);
-  }
-  const uint4* body = (const uint4*)(p + head);
-  for (int i = lane; i < vectors; i += UNROLL * LANES) {
+  push_head(state, item, lane);
+  const uint4* body = item.body();
+  for (int i = lane; i < item.vectors; i += ROUND) {
     uint4 q[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
-      if (i + u * LANES < vectors) q[u] = __ldcs(body + i + u * LANES);
+      if (i + u * LANES < item.vectors) q[u] = __ldcs(body + i + u * LANES);
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      if (i + u * LANES < vectors) {
-        float v[N];
-        unpack<T>(q[u], v);
-        push(state, v, base + head + (i + u * LANES) * N);
-      }
-    }
+    for (int u = 0; u < UNROLL; ++u)
+      if (i + u * LANES < item.vectors) push_vector(state, item, q[u], i + u * LANES);
   }
-  if (lane < tail) {
-    const int k = head + vectors * N + lane;
-    const float v[1] = {widen<T>(p[k])};
-    push(state, v, base + k);
-  }
+  push_tail(state, item, lane);
   return state;
 }
+
+#if STAGES
+// A warp's ring in shared memory. Every lane reads only what it asked for itself, so nobody waits for anybody: no barriers.
+struct Ring {
+  u32 base;        // of this lane
+  u32 read, fill;  // offsets of the round to be read next, and of the one to be asked for next
+  __device__ __forceinline__ static u32 after(u32 at) { return at == (STAGES - 1) * ROUND_BYTES ? 0u : at + ROUND_BYTES; }
+
+  // Vectors i, i + 32, ... of an item. Past its end nothing is read, but the round counts.
+  __device__ __forceinline__ void ask(const uint4* body, int i, int vectors) {
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u)
+      if (i + u * 32 < vectors) copy_async16(base + fill + u * 512, body + i + u * 32, 16);
+    copy_async_commit();
+    fill = after(fill);
+  }
+};
+
+__device__ __forceinline__ uint4 shared_vector(u32 address) {
+  uint4 q;
+  asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(q.x), "=r"(q.y), "=r"(q.z), "=r"(q.w) : "r"(address) : "memory");
+  return q;
+}
+#endif
 
 // The state of a group, in every lane of its first warp.
 __device__ __forceinline__ State group_join(State state) {
@@ -138,7 +108,6 @@ __device__ __forceinline__ State group_join(State state) {
 #if GROUP > 1
   __shared__ State warps[GROUP];
   const int tid = threadIdx.x;
-  __syncthreads();  // the previous item's readers are done
   if (tid % 32 == 0) warps[tid / 32] = state;
   __syncthreads();
   if (tid < 32) state = warp_join(tid < GROUP ? warps[tid] : empty_state());
@@ -152,23 +121,19 @@ struct Outputs {
 #if DECISION
   u8* decision;
   float* load;
-  const float *mean_at, *std_at, *threshold_at;
   float mean, std, threshold, progress;
 #endif
 };
 
-__device__ __forceinline__ void finish(int row, const State& p, const Outputs& out) {
+__device__ __forceinline__ void finish(int row, const State& p, float stability, const Outputs& out) {
   float entropy = log2f(p.s) - p.t / p.s;  // NaN for a row with NaN, +inf, or nothing but -inf: as softmax has it
   if (entropy < 0.0f) entropy = 0.0f;
   out.entropy[row] = entropy;
 #if DECISION
-  const float mean = number(out.mean_at, out.mean), std = fmaxf(number(out.std_at, out.std), 1e-6f);
-  const float confidence = 1.0f / (1.0f + expf(-2.0f * (mean - entropy) / std));
-  const float stability = 1.0f / (1.0f + sqrtf(p.moved) / fmaxf(sqrtf(p.norm), 1e-12f));
+  const float confidence = __fdividef(1.0f, 1.0f + __expf(-2.0f * __fdividef(out.mean - entropy, out.std)));
   out.confidence[row] = confidence;
   out.load[row] = 0.5f * (1.0f - confidence) + 0.3f * (1.0f - stability) + 0.2f * (1.0f - out.progress);
-  out.decision[row] =
-      confidence * stability * out.progress > number(out.threshold_at, out.threshold) - 0.2f * out.progress;
+  out.decision[row] = confidence * stability * out.progress > out.threshold - 0.2f * out.progress;
 #else
   out.confidence[row] = p.s > 0.0f ? 1.0f / p.s : entropy;  // nothing but -inf, or a NaN: NaN
 #endif
@@ -176,48 +141,51 @@ __device__ __forceinline__ void finish(int row, const State& p, const Outputs& o
 }
 
 #if DECISION
-// A part's share of |h|^2 and |h - prev|^2. The first vector is asked for before the logits and used after them.
-struct Norms {
-  const typename Elem<HT>::raw *h, *prev;
-  int k, end;
-  bool aligned;
-  uint4 a, b;
-
-  __device__ __forceinline__ Norms(
-      const typename Elem<HT>::raw* h_row, const typename Elem<HT>::raw* prev_row, int width, int part, int parts, int lane)
-      : h(h_row), prev(prev_row) {
-    const int share = ((width + 8 * parts - 1) / (8 * parts)) * 8;
-    k = part * share + lane * Vec<HT>::N;
-    end = min((part + 1) * share, width);
-    aligned = (((u64)h | (u64)prev) & 15) == 0;
-    load();
-  }
-  __device__ __forceinline__ void load() {
-    a = load_vec<HT>(h + k, end - k, aligned);
-    b = load_vec<HT>(prev + k, end - k, aligned);
-  }
-  __device__ __forceinline__ void add_to(State& p) {
-    while (true) {
-      float x[Vec<HT>::N], y[Vec<HT>::N];
-      unpack<HT>(a, x);
-      unpack<HT>(b, y);
+#if CARRY
+#define WIDE 32
+#else
+#define WIDE THREADS
+#endif
+// A thread's share of |h|^2 and |h - prev|^2 over columns [from, end): two pairs of loads at a time.
+__device__ __forceinline__ void sum_norms(
+    const typename Elem<HT>::raw* h, const typename Elem<HT>::raw* prev, int from, int end, int lane, float& norm, float& moved) {
+  constexpr int N = Vec<HT>::N;
+  const bool aligned = (((u64)h | (u64)prev) & 15) == 0;
+  for (int k = from + lane * N; k < end; k += 2 * WIDE * N) {
+    uint4 a[2], b[2];
 #pragma unroll
-      for (int j = 0; j < Vec<HT>::N; ++j) {
-        p.norm = fmaf(x[j], x[j], p.norm);
-        p.moved = fmaf(x[j] - y[j], x[j] - y[j], p.moved);
+    for (int u = 0; u < 2; ++u) {
+      const int at = k + u * WIDE * N;
+      a[u] = load_vec<HT>(h + at, end - at, aligned);
+      b[u] = load_vec<HT>(prev + at, end - at, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      float x[N], y[N];
+      unpack<HT>(a[u], x);
+      unpack<HT>(b[u], y);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        norm = fmaf(x[j], x[j], norm);
+        moved = fmaf(x[j] - y[j], x[j] - y[j], moved);
       }
-      k += LANES * Vec<HT>::N;
-      if (k >= end) return;
-      load();
     }
   }
-};
+}
+
+__device__ __forceinline__ float stability_of(float norm, float moved) {
+  return 1.0f / (1.0f + sqrtf(moved) / fmaxf(sqrtf(norm), 1e-12f));
+}
 #endif
 
 // By one warp: what the parts of a row left, put together.
 __device__ __forceinline__ void join_row(int row, int parts, const float4* partial, const float2* norms, const Outputs& out) {
   State p = empty_state();
   const int lane = threadIdx.x % 32;
+  float stability = 0.0f;
+#if DECISION && !CARRY
+  stability = __ldcg(norms + row).x;
+#endif
   for (int b = lane; b < parts; b += 32) {
     const float4 q = __ldcg(partial + row * parts + b);
     State o = empty_state();
@@ -225,7 +193,7 @@ __device__ __forceinline__ void join_row(int row, int parts, const float4* parti
     o.s = q.y;
     o.t = q.z;
     o.index = __float_as_int(q.w);
-#if DECISION
+#if CARRY
     const float2 n = __ldcg(norms + row * parts + b);
     o.norm = n.x;
     o.moved = n.y;
@@ -233,8 +201,47 @@ __device__ __forceinline__ void join_row(int row, int parts, const float4* parti
     p = join(p, o);
   }
   p = warp_join(p);
-  if (lane == 0) finish(row, p, out);
+#if CARRY
+  stability = stability_of(p.norm, p.moved);
+#endif
+  if (lane == 0) finish(row, p, stability, out);
 }
+
+// Called by one thread after its writes. True for the last of `expected`, who may then read what the others wrote.
+__device__ __forceinline__ bool arrive(u32* counter, int expected) {
+  __threadfence();
+  const bool last = atomicInc(counter, expected - 1) == expected - 1;
+  __threadfence();
+  return last;
+}
+
+__device__ __forceinline__ void write_state(float4* partial, u32 item, const State& state) {
+  partial[item] = make_float4(state.m, state.s, state.t, __int_as_float(state.index));
+}
+
+#if DECISION && !CARRY
+// By one block: the stability of a row, while others read its logits. True in the thread that finds everything arrived.
+__device__ __forceinline__ bool settle_row(
+    int row, const typename Elem<HT>::raw* h, const typename Elem<HT>::raw* prev, int width, float2* norms, u32* counter,
+    int expected) {
+  __shared__ float2 sums[THREADS / 32];
+  float norm = 0.0f, moved = 0.0f;
+  sum_norms(h, prev, 0, width, threadIdx.x, norm, moved);
+  norm = warp_sum(norm);
+  moved = warp_sum(moved);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = make_float2(norm, moved);
+  __syncthreads();
+  if (threadIdx.x > 0) return false;
+  norm = moved = 0.0f;
+#pragma unroll
+  for (int w = 0; w < THREADS / 32; ++w) {
+    norm += sums[w].x;
+    moved += sums[w].y;
+  }
+  norms[row] = make_float2(stability_of(norm, moved), 0.0f);
+  return arrive(counter, expected);
+}
+#endif
 
 // `queue` starts and ends at 0; without one, items are dealt in turn.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
@@ -247,6 +254,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
     float progress, u8* decision_out, float* load_out
 #endif
 ) {
+#if EARLY
+  settle();
+  release();
+#endif
   Outputs out;
   out.entropy = entropy_out;
   out.confidence = confidence_out;
@@ -254,12 +265,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
 #if DECISION
   out.decision = decision_out;
   out.load = load_out;
-  out.mean_at = mean_at;
-  out.mean = mean;
-  out.std_at = std_at;
-  out.std = std;
-  out.threshold_at = threshold_at;
-  out.threshold = threshold;
+  out.mean = number(mean_at, mean);
+  out.std = fmaxf(number(std_at, std), 1e-6f);
+  out.threshold = number(threshold_at, threshold);
   out.progress = progress;
   const Rows hr = {h_outer, h_inner, h_per_outer}, pr = {p_outer, p_inner, p_per_outer};
 #else
@@ -267,37 +275,110 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
 #endif
   const Rows lr = {outer, inner, per_outer};
   const int lane = threadIdx.x % LANES;
-  const u32 items = (u32)rows * parts, groups = gridDim.x * (THREADS / LANES);
-  for (u32 item = blockIdx.x * (THREADS / LANES) + threadIdx.x / LANES; item < items;) {
-    u32 next = item + groups;
-    // Asked for now, needed after the scan. Every group that has an item asks once more than it gets: `items` times in all.
-    if (GROUP == 1 && queue_at >= 0 && lane == 0) next = min(groups, items) + atomicInc(counter + queue_at, items - 1);
-    const int row = (int)(item / (u32)parts), part = (int)(item - (u32)row * parts), from = part * chunk;
+  const u32 items = (u32)rows * parts;
+#if GROUP > 1
+  u32 block = blockIdx.x;
+  int row, expected = parts;
+  bool last = false;
 #if DECISION
-    Norms mine(hidden + hr.offset(row), prev + pr.offset(row), width, part, parts, lane);
+  // Asked for now: left to the end, each would cost a trip to memory after everything else is there.
+  asm volatile("" : "+f"(out.mean), "+f"(out.std), "+f"(out.threshold), "+f"(out.progress));
+  expected = parts + 1;
+  if (block < (u32)rows) {
+    row = (int)block;
+    last = settle_row(row, hidden + hr.offset(row), prev + pr.offset(row), width, norms, counter + row, expected);
+  } else {
+    block -= rows;
 #endif
-    State state = scan(logits + lr.offset(row) + from, min(chunk, vocab - from), from, lane);
-#if DECISION
-    mine.add_to(state);
-#endif
-    state = group_join(state);
-    if (lane < 32) {
-      if (parts == 1) {
-        if (lane == 0) finish(row, state, out);
+    const Item item = item_at(block, items, logits, lr, vocab, parts, chunk);
+    row = item.row;
+    const State state = group_join(scan(item, lane));
+    if (lane == 0) {
+      if (expected == 1) {
+        finish(row, state, 0.0f, out);
       } else {
-        bool last = false;
-        if (lane == 0) {
-          partial[item] = make_float4(state.m, state.s, state.t, __int_as_float(state.index));
-#if DECISION
-          norms[item] = make_float2(state.norm, state.moved);
-#endif
-          __threadfence();
-          last = atomicInc(counter + row, parts - 1) == parts - 1;
-          __threadfence();
-        }
-        if (__ballot_sync(0xffffffffu, last)) join_row(row, parts, partial, norms, out);
+        write_state(partial, block, state);
+        last = arrive(counter + row, expected);
       }
     }
-    item = GROUP == 1 ? __shfl_sync(0xffffffffu, next, 0) : next;
+#if DECISION
   }
+#endif
+  if (lane < 32 && __ballot_sync(0xffffffffu, last)) join_row(row, parts, partial, norms, out);
+#else
+  const u32 groups = gridDim.x * (THREADS / 32);
+  u32 id = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+  if (id >= items) return;
+  Item item = item_at(id, items, logits, lr, vocab, parts, chunk);
+#if STAGES
+  DYNAMIC_SHARED(shared);
+  Ring ring = {shared_address(shared) + threadIdx.x / 32 * (STAGES * ROUND_BYTES) + lane * 16, 0u, 0u};
+  // Every item takes as many rounds as a full one, and at least those that are asked for ahead.
+  const int turns = max(STAGES - 1, (chunk / Vec<T>::N + ROUND - 1) / ROUND);
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) ring.ask(item.body(), lane + s * ROUND, item.vectors);
+#endif
+  while (id < items) {
+    u32 next = id + groups;
+    // Asked for now, needed later. Every warp that has an item asks once more than it gets: `items` times in all.
+    if (queue_at >= 0 && lane == 0) next = min(groups, items) + atomicInc(counter + queue_at, items - 1);
+#if STAGES
+    Item coming = item;
+    State state = empty_state();
+    push_head(state, item, lane);
+    const uint4* from = item.body();
+    int i = lane + (STAGES - 1) * ROUND, vectors = item.vectors;
+    for (int turn = 0; turn < turns; ++turn) {
+      copy_async_wait<STAGES - 2>();
+      if (turn == turns - (STAGES - 1)) {  // this item is asked for: on to the next
+        next = __shfl_sync(0xffffffffu, next, 0);
+        coming = item_at(next, items, logits, lr, vocab, parts, chunk);
+        from = coming.body();
+        i = lane;
+        vectors = coming.vectors;
+      }
+      ring.ask(from, i, vectors);  // into the place that the last turn read
+      i += ROUND;
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const int at = lane + turn * ROUND + u * 32;
+        if (at < item.vectors) push_vector(state, item, shared_vector(ring.base + ring.read + u * 512), at);
+      }
+      ring.read = Ring::after(ring.read);
+    }
+    push_tail(state, item, lane);
+#else
+    State state = scan(item, lane);
+    next = __shfl_sync(0xffffffffu, next, 0);
+    const Item coming = item_at(next, items, logits, lr, vocab, parts, chunk);
+#endif
+#if CARRY
+    const int share = ((width + 8 * parts - 1) / (8 * parts)) * 8;
+    sum_norms(
+        hidden + hr.offset(item.row), prev + pr.offset(item.row), item.part * share, min((item.part + 1) * share, width), lane,
+        state.norm, state.moved);
+#endif
+    state = group_join(state);
+    if (parts == 1) {
+#if CARRY
+      const float stability = stability_of(state.norm, state.moved);
+#else
+      const float stability = 0.0f;
+#endif
+      if (lane == 0) finish(item.row, state, stability, out);
+    } else {
+      bool last = false;
+      if (lane == 0) {
+        write_state(partial, id, state);
+#if CARRY
+        norms[id] = make_float2(state.norm, state.moved);
+#endif
+        last = arrive(counter + item.row, parts);
+      }
+      if (__ballot_sync(0xffffffffu, last)) join_row(item.row, parts, partial, norms, out);
+    }
+    item = coming;
+    id = next;
+  }
+#endif
 }

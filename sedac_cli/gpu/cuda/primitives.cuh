@@ -84,3 +84,56 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u3
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#if WGMMA
+// Hopper's products of whole tiles in shared memory (sm_90a). A tile: rows of 128 bytes in groups of eight, swizzled by 128.
+__device__ __forceinline__ u64 matrix_at(u32 address) {
+  return (u64)((address & 0x3ffffu) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+// What threads copied into shared memory is for the tensor cores' eyes; before the barrier.
+__device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+#define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA_64(types)                                                                                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"                  \
+               : R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24) : "l"(a), "l"(b))
+#define WGMMA_128(types)                                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." types " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,"             \
+               "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"            \
+               " %64, %65, 1, 1, 1, 0, 0;"                                                                                    \
+               : R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24), R8(d, 32), R8(d, 40), R8(d, 48), R8(d, 56) : "l"(a), "l"(b))
+// d (64 x N) += a (64 x 16) * b (N x 16, transposed), by the 128 threads of a warpgroup; N = 64 or 128.
+template <int KIND>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[32], u64 a, u64 b) {
+  if constexpr (KIND == 2) WGMMA_64("bf16.bf16");
+  else WGMMA_64("f16.f16");
+}
+template <int KIND>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[64], u64 a, u64 b) {
+  if constexpr (KIND == 2) WGMMA_128("bf16.bf16");
+  else WGMMA_128("f16.f16");
+}
+#endif
+
+#if CLUSTER
+// Blocks of a cluster see each other's shared memory between a first barrier (all) and a second (what was read has been used).
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_reader() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ float4 load_peer(u32 address, int block) {
+  float4 v;
+  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address), "r"(block)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(u32 address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+#endif

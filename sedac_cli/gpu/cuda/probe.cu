@@ -2,10 +2,25 @@
 //
 // The projection is cut over blocks, and every block leaves its part in `partial` [tile][split][row][RP]; the block of a tile
 // that arrives last adds the parts and finishes the tile's rows; the tile that finishes last publishes the flag.
-// Two ways to project. RANKS > 0: plain float32 arithmetic, RANKS x ROWS dot products per block; any dtype, any alignment.
+// Ways to project. RANKS > 0: plain float32 arithmetic, RANKS x ROWS dot products per block; any dtype, any alignment.
 // RANKS == 0: tensor cores, ROWS x 64 tiles; the weight is hi + lo in the hidden state's own dtype (PARTS = 2: what is
 // lost is 2^-17 of a weight in bf16, 2^-22 in fp16) or hi alone (PARTS = 1: 2^-9 and 2^-12).
-// Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES.
+// WGMMA: the same on Hopper for many rows. A 64-row tile reads twice as many bytes of weights as of states and its warps read
+// shared memory as long as the tensor cores compute; tiles of 128 rows and warpgroup products halve both. CLUSTER > 0: the
+// blocks of a tile are a cluster, add their parts through each other's shared memory, and finish ROWS / CLUSTER rows each.
+// Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES, WGMMA, CLUSTER.
+#ifndef WGMMA
+#define WGMMA 0
+#endif
+#ifndef CLUSTER
+#define CLUSTER 0
+#endif
+#ifndef FENCE
+#define FENCE 1
+#endif
+#ifndef EARLY
+#define EARLY 0
+#endif
 
 struct Verdict {
   const float* threshold_at;
@@ -29,11 +44,22 @@ __device__ __forceinline__ float eight_sum(float x) {
 }
 
 // Rows a lane finishes at once: reading one at a time, with a latency of L2 each, took a third of the whole kernel.
-#define AT_ONCE (RANKS > 0 || RP > 64 ? 1 : 4)
+#define AT_ONCE (RANKS > 0 || RP > 64 || CLUSTER > 0 ? 1 : 4)
+
+#if CLUSTER
+#define PITCH 288  // bytes of a row of sums in shared memory: 64 floats, and 32 bytes so that eight rows meet all banks
+typedef u32 Place;
+__device__ __forceinline__ float4 part_of(Place row, int split, i64, int column) { return load_peer(row + column * 4, split); }
+#else
+typedef const float* Place;
+__device__ __forceinline__ float4 part_of(Place row, int split, i64 stride, int column) {
+  return __ldcg((const float4*)(row + split * stride + column));
+}
+#endif
 
 // constants: bias[RP], then gamma * head[RP], then {beta . head + head bias, eps}
 __device__ __forceinline__ void risks_of(
-    const float* (&part)[AT_ONCE], int splits, i64 stride, const float* constants, int rank, float (&risk)[AT_ONCE]) {
+    const Place (&part)[AT_ONCE], int splits, i64 stride, const float* constants, int rank, float (&risk)[AT_ONCE]) {
   const int q = threadIdx.x % 8;
   float z[AT_ONCE][PER_LANE], scale[PER_LANE];
 #pragma unroll
@@ -51,7 +77,7 @@ __device__ __forceinline__ void risks_of(
     for (int r = 0; r < AT_ONCE; ++r)
 #pragma unroll
       for (int j = 0; j < PER_LANE / 4; ++j) {
-        const float4 v = __ldcg((const float4*)(part[r] + s * stride + 32 * j + 4 * q));
+        const float4 v = part_of(part[r], s, stride, 32 * j + 4 * q);
         z[r][4 * j] += v.x, z[r][4 * j + 1] += v.y, z[r][4 * j + 2] += v.z, z[r][4 * j + 3] += v.w;
       }
   }
@@ -78,29 +104,34 @@ __device__ __forceinline__ void risks_of(
   }
 }
 
-// Called by a whole block that holds the last part of `tile`.
+// Called by a whole block, for rows [first, first + count) of `tile`. `sums`: the tile's first part, row by row.
 __device__ __forceinline__ bool finish_tile(
-    int tile, int rows, const float* partial, int splits, const float* constants, int rank, const Verdict& v) {
+    int tile, int first, int count, int rows, Place sums, int splits, const float* constants, int rank, const Verdict& v) {
+#if CLUSTER
+  constexpr int PER_ROW = PITCH;
+#else
+  constexpr int PER_ROW = RP;
+#endif
   const float limit = number(v.threshold_at, v.threshold);
   const int teams = blockDim.x / 8;
   bool need = false;
   // All lanes of a warp stay in the loop: the shuffles inside need them.
-  for (int base = 0; base < ROWS; base += teams * AT_ONCE) {
-    const float* part[AT_ONCE];
+  for (int base = 0; base < count; base += teams * AT_ONCE) {
+    Place part[AT_ONCE];
     float risk[AT_ONCE];
 #pragma unroll
     for (int r = 0; r < AT_ONCE; ++r) {
       const int local = base + r * teams + threadIdx.x / 8;
-      part[r] = partial + ((i64)tile * splits * ROWS + min(local, ROWS - 1)) * RP;
+      part[r] = sums + (first + min(local, count - 1)) * PER_ROW;
     }
     risks_of(part, splits, (i64)ROWS * RP, constants, rank, risk);
     // Lane r of a row's eight writes row r, so that the rows' masks are read side by side.
-    const int mine = threadIdx.x % 8, local = base + mine * teams + threadIdx.x / 8, row = tile * ROWS + local;
+    const int mine = threadIdx.x % 8, local = base + mine * teams + threadIdx.x / 8, row = tile * ROWS + first + local;
     float chosen = risk[0];
 #pragma unroll
     for (int r = 1; r < AT_ONCE; ++r)
       if (mine == r) chosen = risk[r];
-    if (mine < AT_ONCE && local < ROWS && row < rows) {
+    if (mine < AT_ONCE && local < count && row < rows) {
       v.risk[row] = chosen;
       bool out = chosen < limit && (!v.may_skip || v.may_skip[row]);  // a NaN risk never skips
       if (v.latched) {
@@ -170,57 +201,108 @@ __device__ __forceinline__ void project(
 #define BK 64
 #define STAGE_BYTES ((ROWS + 64 * PARTS) * BK * 2)
 // Rows of 128 bytes in shared memory; 16-byte chunk c of row r lies at c ^ (r % 8), so ldmatrix meets no bank twice.
+__device__ __forceinline__ u32 tiles_at() {
+  DYNAMIC_SHARED(shared);
+  return WGMMA ? (shared_address(shared) + 1023u) & ~1023u : shared_address(shared);  // the swizzle counts from 1024 bytes
+}
 __device__ __forceinline__ u32 cell(int row, int chunk) { return (u32)(row * 128 + ((chunk ^ (row & 7)) << 4)); }
 
-// A block: ROWS rows x 64 columns, its share of the hidden axis; 8 warps at ROWS = 128, each 32 x 32.
+// A block: ROWS rows x 64 columns, its share of the hidden axis; 8 warps at ROWS = 128, each 32 x 32 (WGMMA: 64 x 64 per four).
 __device__ __forceinline__ void project(
     const typename Elem<T>::raw* hidden, const Rows& at, int rows, int width, const typename Elem<T>::raw* weight, int padded,
     float* partial) {
-  DYNAMIC_SHARED(shared);
-  const u32 base = shared_address(shared);
+  const u32 base = tiles_at();
   const int tile = blockIdx.x, column = blockIdx.y * 64, split = blockIdx.z, splits = gridDim.z;
-  const int tid = threadIdx.x, lane = tid % 32, warp_m = tid / 64, warp_n = (tid / 32) % 2;
+  const int tid = threadIdx.x, lane = tid % 32;
   const int steps = padded / BK, begin = steps * split / splits, end = steps * (split + 1) / splits;
 
-  // A thread always copies the same 16-byte column of the same rows: their addresses are worked out once.
+  // A thread always copies the same 16-byte column of the same rows, one step after the other: only pointers move. A row past
+  // the end repeats the last; nothing of it is stored.
   constexpr int LANES = THREADS / 8, X_COPIES = ROWS / LANES, W_COPIES = 64 * PARTS / LANES;
-  const int chunk = tid % 8, lead = tid / 8;
-  const typename Elem<T>::raw* from[X_COPIES];
+  const int chunk = tid % 8, lead = tid / 8, first = begin * BK + chunk * 8;
+  const typename Elem<T>::raw* x_from[X_COPIES];
 #pragma unroll
-  for (int i = 0; i < X_COPIES; ++i) {
-    const int row = tile * ROWS + lead + i * LANES;
-    from[i] = row < rows ? hidden + at.offset(row) + chunk * 8 : nullptr;
-  }
-  auto fetch = [&](int step) {
-    const u32 to = base + (u32)((step - begin) % STAGES) * STAGE_BYTES;
-    const int k = step * BK, left = width - k - chunk * 8;
-    const u32 whole = left > 0 ? (u32)min(left * 2, 16) : 0u;
+  for (int i = 0; i < X_COPIES; ++i) x_from[i] = hidden + at.offset(min(tile * ROWS + lead + i * LANES, rows - 1)) + first;
+  const typename Elem<T>::raw* w_from = weight + (i64)(column + lead) * padded + first;
+  const i64 w_stride = (i64)LANES * padded, w_part = (i64)(RP - 64) * padded;
+  u32 to = 0, from = 0;  // the stage that is filled next, the one that is read next
+  int left = width - first;
+  auto fetch = [&]() {
+    const u32 x = base + to + cell(lead, chunk), bytes = left > 0 ? (u32)min(left * 2, 16) : 0u;
 #pragma unroll
     for (int i = 0; i < X_COPIES; ++i) {
-      const u32 bytes = from[i] ? whole : 0u;
-      copy_async16(to + cell(lead + i * LANES, chunk), bytes ? from[i] + k : hidden, bytes);
+      copy_async16(x + i * LANES * 128, x_from[i], bytes);
+      x_from[i] += BK;
     }
+    const typename Elem<T>::raw* w = w_from;
 #pragma unroll
     for (int i = 0; i < W_COPIES; ++i) {
-      const int r = lead + i * LANES, part = r / 64, n = r % 64;
-      copy_async16(to + ROWS * 128 + cell(r, chunk), weight + (i64)(part * RP + column + n) * padded + k + chunk * 8, 16);
+      copy_async16(x + (ROWS + i * LANES) * 128, w, 16);
+      w += w_stride + ((i + 1) * LANES % 64 == 0 ? w_part : 0);
     }
+    w_from += BK;
+    left -= BK;
+    to = to == (STAGES - 1) * STAGE_BYTES ? 0u : to + STAGE_BYTES;
   };
 
+#pragma unroll
+  for (int s = 0; s < STAGES - 1; ++s) {
+    if (begin + s < end) fetch();
+    copy_async_commit();
+  }
+#if WGMMA
+  float acc[32 * PARTS];
+#pragma unroll
+  for (int i = 0; i < 32 * PARTS; ++i) acc[i] = 0.0f;
+  const int group = tid / 128;
+  for (int step = begin; step < end; ++step) {
+    copy_async_wait<STAGES - 2>();
+    if (FENCE) show_to_tensor_cores();
+    __syncthreads();
+    const u32 x = base + from;
+    const u64 a = matrix_at(x + group * 64 * 128), b = matrix_at(x + ROWS * 128);
+    warpgroup_begin();
+#pragma unroll
+    for (int kk = 0; kk < BK / 16; ++kk) warpgroup_multiply<T>(acc, a + kk * 2, b + kk * 2);  // 16 columns are 32 bytes
+    warpgroup_commit();
+    if (step + STAGES - 1 < end) fetch();  // where the last step's tiles lay: everybody is done with them
+    copy_async_commit();  // an empty group keeps the count of pending groups the same in every round
+    warpgroup_wait();
+    from = from == (STAGES - 1) * STAGE_BYTES ? 0u : from + STAGE_BYTES;
+  }
+  const int row = tid / 32 * 16 + lane / 4, pair = (lane % 4) * 2;
+#if CLUSTER
+  __syncthreads();  // the sums take the tiles' place
+#else
+  float* out = partial + (((i64)tile * splits + split) * ROWS + row) * RP + column + pair;
+#endif
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float2 v = make_float2(acc[n * 4 + half * 2], acc[n * 4 + half * 2 + 1]);
+#if PARTS == 2
+      v.x += acc[32 + n * 4 + half * 2];
+      v.y += acc[32 + n * 4 + half * 2 + 1];
+#endif
+#if CLUSTER
+      store_shared(base + (row + half * 8) * PITCH + (n * 8 + pair) * 4, v);
+#else
+      *(float2*)(out + half * 8 * RP + n * 8) = v;
+#endif
+    }
+#else
+  const int warp_m = tid / 64, warp_n = (tid / 32) % 2;
   float acc[2][4][4];
 #pragma unroll
   for (int i = 0; i < 32; ++i) acc[i / 16][i / 4 % 4][i % 4] = 0.0f;
-#pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) {
-    if (begin + s < end) fetch(begin + s);
-    copy_async_commit();
-  }
   for (int step = begin; step < end; ++step) {
     copy_async_wait<STAGES - 2>();
     __syncthreads();
-    if (step + STAGES - 1 < end) fetch(step + STAGES - 1);
-    copy_async_commit();  // an empty group keeps the count of pending groups the same in every round
-    const u32 x = base + (u32)((step - begin) % STAGES) * STAGE_BYTES, w = x + ROWS * 128;
+    if (step + STAGES - 1 < end) fetch();
+    copy_async_commit();
+    const u32 x = base + from, w = x + ROWS * 128;
+    from = from == (STAGES - 1) * STAGE_BYTES ? 0u : from + STAGE_BYTES;
 #pragma unroll
     for (int kk = 0; kk < BK / 16; ++kk) {
       u32 a[2][4];
@@ -243,15 +325,27 @@ __device__ __forceinline__ void project(
       }
     }
   }
-  float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + warp_n * 32 + (lane % 4) * 2;
+  const int pair = warp_n * 32 + (lane % 4) * 2;
+#if CLUSTER
+  __syncthreads();  // the sums take the tiles' place
+#else
+  float* out = partial + ((i64)tile * splits + split) * ROWS * RP + column + pair;
+#endif
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const int row = warp_m * 32 + m * 16 + lane / 4;
-      *(float2*)(out + row * RP + n * 8) = make_float2(acc[m][n][0], acc[m][n][1]);
-      *(float2*)(out + (row + 8) * RP + n * 8) = make_float2(acc[m][n][2], acc[m][n][3]);
-    }
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_m * 32 + m * 16 + lane / 4 + half * 8;
+        const float2 v = make_float2(acc[m][n][half * 2], acc[m][n][half * 2 + 1]);
+#if CLUSTER
+        store_shared(base + row * PITCH + (n * 8 + pair) * 4, v);
+#else
+        *(float2*)(out + row * RP + n * 8) = v;
+#endif
+      }
+#endif
 }
 #endif
 
@@ -261,17 +355,38 @@ __device__ __forceinline__ void project(
 #define WEIGHT typename Elem<T>::raw
 #endif
 
+#if CLUSTER > 1
+#define AS_CLUSTER __cluster_dims__(1, 1, CLUSTER)
+#else
+#define AS_CLUSTER
+#endif
+
 // grid: (tiles, blocks along the rank, splits). scratch: [0] for the flag, [2 + tile] counts a tile's parts.
-extern "C" __global__ void __launch_bounds__(THREADS) probe(
+extern "C" __global__ void AS_CLUSTER __launch_bounds__(THREADS) probe(
     const typename Elem<T>::raw* hidden, i64 outer, i64 inner, int per_outer, int rows, int width,
     const WEIGHT* weight, int padded, const float* constants, int rank, float* partial, u32* scratch,
     const float* threshold_at, float threshold, float* risk, u8* latched, const u8* may_skip, const u8* real, int* needs,
     const u64* handles, int handle_count, int has_opposite) {
+#if EARLY
+  settle();
+  release();
+#endif
   const Rows at = {outer, inner, per_outer};
   const int tile = blockIdx.x;
   project(hidden, at, rows, width, weight, padded, partial);
-  if (!arrive_last(scratch + 2 + tile, gridDim.y * gridDim.z)) return;
   const Verdict v = {threshold_at, threshold, risk, latched, may_skip, real, needs, handles, handle_count, has_opposite};
-  const bool need = finish_tile(tile, rows, partial, gridDim.z, constants, rank, v);
+#if CLUSTER
+  constexpr int SHARE = ROWS / CLUSTER;
+  cluster_arrive();
+  cluster_wait();
+  const bool need = finish_tile(tile, blockIdx.z * SHARE, SHARE, rows, tiles_at(), CLUSTER, constants, rank, v);
+  cluster_arrive_reader();  // what was read has been used
+  publish_need(need, scratch, gridDim.x * CLUSTER, needs, handles, handle_count, has_opposite);
+  cluster_wait();  // nobody leaves while others read what it holds
+#else
+  if (!arrive_last(scratch + 2 + tile, gridDim.y * gridDim.z)) return;
+  const float* sums = partial + (i64)tile * gridDim.z * ROWS * RP;
+  const bool need = finish_tile(tile, 0, ROWS, rows, sums, gridDim.z, constants, rank, v);
   publish_need(need, scratch, gridDim.x, needs, handles, handle_count, has_opposite);
+#endif
 }

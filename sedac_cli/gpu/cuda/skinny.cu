@@ -7,13 +7,19 @@
 // GATED: two matrices, y = act(x W0^T) * (x W1^T), each product rounded to T as separate layers would.
 // `need`: the launch does its work iff (*need != 0) == when. A block that has nothing to do ends at once: that is a gate
 // which costs nothing when open, where an IF node around the same work costs 6 us when taken (measured on an H200).
+// `standing` says what is known of the flag. 1: no launch that may still run writes it (if it is PENDING all the same, this one
+// waits). 0: the launch ahead writes it; the first weights are asked for before it has ended, since memory is idle while it
+// decides. 2: the launch ahead only decides, and all else was there before it began: the work starts beside it, and a block
+// looks at the flag after every step until it is no longer PENDING.
 // Constants: T (1, 2), NT (8 rows of x each), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
-// in flight per warp), WARPS, LOOP (more items than blocks: without it, 1 x 18944 -> 3584 takes 35.5 us, with it 37.9).
+// in flight per warp), X_AHEAD (steps that x is asked for ahead), WARPS, LOOP (more items than blocks: without it, 1 x 18944 -> 3584 takes 35.5 us, with it 37.9).
 
 #define THREADS (32 * WARPS)
 #define STEP (32 * WARPS)
 #define MT (GATED ? 2 : TILES)
 #define GROUP_NT (NT < 2 ? NT : 2)
+#define PENDING (-1)
+#define AHEAD (NT == 1 && !LOOP)  // one element of the output a thread, known before the sums
 
 typedef Elem<T>::raw raw;
 
@@ -68,15 +74,22 @@ __device__ __forceinline__ Item item_of(
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int settled, int items) {
-  // A flag that the launch ahead may still write is read once that has ended; a `settled` one at once, so that the first
-  // weights can be on their way while the launch ahead still runs.
-  if (need && !settled) settle();
-  if (need && (*(const volatile int*)need != 0) != (when != 0)) {
-    settle();
-    release();
-    return;
+    int when, int standing, int items) {
+  const volatile int* flag = need;
+  auto closed = [&](int value) { return (value != 0) != (when != 0); };
+  if (need && standing == 1) {
+    int now = *flag;
+    if (now == PENDING) {
+      settle();
+      now = *flag;
+    }
+    if (closed(now)) {
+      settle();
+      release();
+      return;
+    }
   }
+  const bool races = need && standing == 2;
   DYNAMIC_SHARED(dynamic);
   __shared__ float partial[WARPS][MT][GROUP_NT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -104,19 +117,59 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < STAGES; ++step) ask();
-  settle();
+  if (!races) settle();
   release();
+  int seen = need && (standing == 0 || (races && threadIdx.x == 0)) ? *flag : PENDING;
+  // What the last lines of an item add is asked for here: from memory it would hold up the end.
+  float last_bias[MT] = {}, last_residual[MT] = {};
+#if AHEAD
+  if (threadIdx.x < 128) {
+    const int row = threadIdx.x % 32 % 4 * 2 + threadIdx.x / 32 % 2, in_tile = threadIdx.x % 32 / 4 + threadIdx.x / 64 * 8;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      const int at = ahead.tile[i] * 16 + in_tile;
+      if (at >= ahead.n[i] || row >= m) continue;
+      if (ahead.bias[i]) last_bias[i] = widen<T>(ahead.bias[i][at]);
+      if (!GATED && residual) last_residual[i] = widen<T>(residual[row * r_stride + ahead.column[i] + at]);
+    }
+  }
+#endif
+  uint4 x_ahead[X_AHEAD + 1][NT];
+  auto fetch = [&](int step, uint4 (&q)[NT]) {
+    const int at = mine + step * STEP;
+#pragma unroll
+    for (int c = 0; c < NT; ++c) {
+      q[c] = make_uint4(0, 0, 0, 0);
+      if (c * 8 + g < m && at < k) {
+        const uint4* from = (const uint4*)(x + (c * 8 + g) * x_stride + at);
+        q[c] = races ? __ldcg(from) : *from;  // this multiprocessor has not waited: what its own cache holds may be old
+      }
+    }
+  };
+#pragma unroll
+  for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
+  if (need && standing == 0 && closed(seen)) {
+    copy_async_wait<0>();
+    return;
+  }
+  bool known = !races;
   int taken = 0;
   for (int index = blockIdx.x; index < items; index += LOOP ? gridDim.x : items) {
   float sum[MT][NT][4] = {};
   for (int step = 0; step < steps; ++step, ++taken) {
-    const int at = mine + step * STEP;
-    uint4 q[NT];
-#pragma unroll
-    for (int c = 0; c < NT; ++c) {
-      q[c] = make_uint4(0, 0, 0, 0);
-      if (c * 8 + g < m && at < k) q[c] = *(const uint4*)(x + (c * 8 + g) * x_stride + at);
+    if (!known && step < k / STEP) {  // all warps take that many steps
+      const int found = __syncthreads_or(seen == PENDING ? 0 : closed(seen) ? 2 : 1);
+      if (found & 2) {
+        copy_async_wait<0>();
+        settle();
+        return;
+      }
+      known = found;
+      if (threadIdx.x == 0) seen = *flag;
     }
+    const int next = step + X_AHEAD;
+    fetch(LOOP && X_AHEAD && next >= steps ? next - steps : next, x_ahead[X_AHEAD]);
+    const uint4 (&q)[NT] = x_ahead[0];
     copy_async_wait<STAGES - 1>();
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
@@ -129,6 +182,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         mma_16x8x16<T>(sum[i][c], second, q[c].z, q[c].w);
       }
     }
+#pragma unroll
+    for (int ahead_by = 0; ahead_by < X_AHEAD; ++ahead_by)
+#pragma unroll
+      for (int c = 0; c < NT; ++c) x_ahead[ahead_by][c] = x_ahead[ahead_by + 1][c];
     ask();
   }
   const Item item = LOOP ? item_of(index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2) : ahead;
@@ -154,7 +211,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         total[i] = 0.0f;
 #pragma unroll
         for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][c][j][l];
-        if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
+        if (AHEAD) total[i] += last_bias[i];
+        else if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
       }
 #pragma unroll
       for (int i = 0; i < (GATED ? 1 : MT); ++i) {
@@ -165,11 +223,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
         y = rounded(activate(rounded(y))) * rounded(total[1]);
 #else
         if (ACT) y = activate(rounded(y));
-        if (residual) y = widen<T>(residual[r * r_stride + item.column[i] + at]) + rounded(y);
+        if (residual) y = (AHEAD ? last_residual[i] : widen<T>(residual[r * r_stride + item.column[i] + at])) + rounded(y);
 #endif
         out[r * out_stride + item.column[i] + at] = narrow<T>(y);
       }
     }
   }
   }
+  if (races) settle();  // who comes after this launch may count on the flag
 }

@@ -16,7 +16,7 @@ from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
-from sedac_cli.runtime.graph.programs import Program
+from sedac_cli.runtime.graph.programs import Program, Standing
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -53,14 +53,14 @@ class FusedStep:
             ops.rotate(qkv, layer.heads, cos, sin, keys, values, state.slot, layer.head_norms)
             attended = ops.attend(qkv, layer.heads, keys, values, state.slot, state.first)
             h = ops.linear(attended, layer.out, residual=h, out=h)
-            x, need, settled = program.before_mlp(index, h, layer.mlp_norm, ops)
-            self.mlp(index, layer, x, h, need, settled)
+            x, need, standing = program.before_mlp(index, h, layer.mlp_norm, ops)
+            self.mlp(index, layer, x, h, need, standing)
         x = ops.norm(h, self.standard.norm)
         if self.head is None:
             return self.decoder.head(x)
         return self.decoder._shape_logits(ops.linear(x, self.head), self.decoder.logit_scale)
 
-    def mlp(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None, settled: bool) -> None:
+    def mlp(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None, standing: Standing) -> None:
         """h += MLP(x), or the stand-in, in place."""
         scale = self.program.scale(index)
         if scale is not None and need is not None:
@@ -68,17 +68,22 @@ class FusedStep:
         elif need is None:
             self.run(layer, x, h)
         elif self.either is None:
-            self.run(layer, x, h, need, settled)
-            self.instead(index, x, h, need, settled)
+            self.run(layer, x, h, need, standing)
+            self.instead(index, x, h, need)
         else:
             otherwise = (lambda: self.instead(index, x, h)) if index in self.standins else None
             self.either(need, lambda: self.run(layer, x, h), otherwise)
 
-    def run(self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, settled: bool = False) -> None:
-        z = self.ops.gated(x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=settled)
+    def run(
+        self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, standing: Standing = Standing.AHEAD
+    ) -> None:
+        z = self.ops.gated(
+            x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=standing is Standing.STANDS,
+            races=standing is Standing.RACES,
+        )  # fmt: skip
         self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
 
-    def instead(self, index: int, x: Tensor, h: Tensor, need: Tensor | None = None, settled: bool = False) -> None:
+    def instead(self, index: int, x: Tensor, h: Tensor, need: Tensor | None = None) -> None:
         if index not in self.standins:
             return
         inward, outward = self.standins[index]

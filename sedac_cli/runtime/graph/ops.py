@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_cli.gpu import decode, decode_reference, reference, skinny
+from sedac_cli.gpu import decode, decode_reference, packed, reference, skinny
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.entropy import fused_entropy
 from sedac_cli.gpu.reference import Entropy
 from sedac_cli.runtime.graph.standard import Linear, Norm
+
+GATED = skinny.ACTIVATIONS.keys() - {"none"}
 
 
 class Ops(Protocol):
@@ -31,7 +33,7 @@ class Ops(Protocol):
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False,
+        need: Tensor | None = None, settled: bool = False, races: bool = False,
     ) -> Tensor: ...  # fmt: skip
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
@@ -73,9 +75,9 @@ class KernelOps:
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False,
+        need: Tensor | None = None, settled: bool = False, races: bool = False,
     ) -> Tensor:  # fmt: skip
-        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled)
+        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled, races=races)
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
@@ -109,6 +111,8 @@ class WideOps(KernelOps):
         need: Tensor | None = None, when: bool = True, settled: bool = False,
     ) -> Tensor:  # fmt: skip
         assert need is None
+        if residual is not None and activation == "none" and len(linear.weights) == 1 and linear.biases[0] is None:
+            return torch.addmm(residual, x, linear.weights[0].t(), out=out)  # the sum is part of the product's launch
         parts = [functional.linear(x, w, b) for w, b in zip(linear.weights, linear.biases, strict=True)]
         y = decode_reference.activate(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), activation)
         if residual is not None:
@@ -117,13 +121,19 @@ class WideOps(KernelOps):
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False,
+        need: Tensor | None = None, settled: bool = False, races: bool = False,
     ) -> Tensor:  # fmt: skip
         assert need is None
         first, second = biases or (None, None)
-        return decode_reference.activate(functional.linear(x, gate, first), activation) * functional.linear(
-            x, up, second
-        )
+        inward, beside = functional.linear(x, gate, first), functional.linear(x, up, second)
+        if activation in GATED and gate.shape[0] % 8 == 0:
+            return packed.activate_rows(inward, beside, activation, self.count(x.shape[0], x.device))
+        return decode_reference.activate(inward, activation) * beside
+
+    def count(self, rows: int, device: torch.device) -> Tensor:
+        if (rows, 0) not in self.scratch:
+            self.scratch[rows, 0] = torch.full((1,), rows, dtype=torch.int32, device=device)
+        return self.scratch[rows, 0]
 
 
 class TwinOps:
@@ -141,7 +151,7 @@ class TwinOps:
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False,
+        need: Tensor | None = None, settled: bool = False, races: bool = False,
     ) -> Tensor:  # fmt: skip
         return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need)
 

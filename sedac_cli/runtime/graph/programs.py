@@ -5,11 +5,12 @@ object works (`GateProgram` calls its own `decide`); the common ones have a form
 decide the same.
 
     program = make_program(plan.gate, rows, device)
-    program.begin(position, real); program.enter(0, h); x, need, settled = program.before_mlp(0, h, norm, ops)
+    program.begin(position, real); program.enter(0, h); x, need, standing = program.before_mlp(0, h, norm, ops)
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,9 +22,18 @@ from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.simple import AlwaysGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu import decode, reference
-from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk
+from sedac_cli.gpu.probe import ROUTER_ROWS, ProbeWeights, RouterWeights, probe_risk, router_score, router_scratch
+from sedac_cli.gpu.skinny import PENDING
 from sedac_cli.runtime.graph.ops import Ops
 from sedac_cli.runtime.graph.standard import Norm
+
+
+class Standing(Enum):
+    """What is known of a flag when the launch that hangs on it begins."""
+
+    STANDS = "no launch that may still run writes it"
+    AHEAD = "the launch just ahead writes it"
+    RACES = "the launch just ahead does nothing but write it: work may begin, and ends when it says so"
 
 
 class Program:
@@ -41,9 +51,9 @@ class Program:
     def enter(self, layer: int, hidden: Tensor) -> None:
         """At checkpoint `layer`."""
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, bool]:
-        """(the MLP's input, the flag it hangs on or None, whether the flag stood before the last launch)."""
-        return ops.norm(hidden, norm), self.flag(layer), True
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
+        """(the MLP's input, the flag it hangs on or None, what is known of the flag)."""
+        return ops.norm(hidden, norm), self.flag(layer), Standing.STANDS
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         """The flag, where the MLP's input has already been made by the model's own code."""
@@ -107,9 +117,9 @@ class GateProgram(Program):
         if self.gate.looks_at == "entry":
             self._decide(layer, hidden if self.gate.reads(layer) else None)
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, bool]:
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
         x = ops.norm(hidden, norm)
-        return x, self.decide_on(layer, x), False
+        return x, self.decide_on(layer, x), Standing.AHEAD
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         if self.gate.looks_at == "mlp":
@@ -125,7 +135,7 @@ class GateProgram(Program):
 
 
 class LearnedProgram(Program):
-    """A router per layer: norm and router are one launch."""
+    """A router per layer: one launch with the norm; where launches can be stopped, one that the MLP does not wait for."""
 
     def __init__(self, gate: LearnedGate, rows: int, device: torch.device):
         super().__init__(gate.num_layers, rows, device)
@@ -141,24 +151,43 @@ class LearnedProgram(Program):
             if self.source[index] >= 0
         }
         self.scratch: Tensor | None = None
+        # The MLP writes while a router still runs: what routers write must not be memory that the MLP's output may be given.
+        few = rows <= ROUTER_ROWS and bool(self.weights) and device.type == "cuda"
+        self.kept = (
+            (
+                torch.empty(rows, device=device),
+                torch.empty(rows, dtype=torch.bool, device=device),
+                router_scratch(rows, next(iter(self.weights.values())), device),
+            )
+            if few
+            else None
+        )
 
     def begin(self, position: Tensor, real: Tensor) -> None:
         guards = self.gate.guards
         self.real = real
         self.may_skip = (real & (position >= guards.sinks)) if guards.decode else torch.zeros_like(real)
+        self.needs.fill_(PENDING)
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, bool]:
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
         need = self.flag(layer)
         if need is None or not hidden.is_cuda:
             x = ops.norm(hidden, norm)
-            return x, self.decide_on(layer, x), False
+            return x, self.decide_on(layer, x), Standing.AHEAD
+        if ops.stops and self.kept is not None:
+            x = ops.norm(hidden, norm)
+            router_score(
+                x, self.weights[layer], threshold=self.limit, may_skip=self.may_skip, real=self.real, needs=need,
+                out=self.kept[:2], scratch=self.kept[2],
+            )  # fmt: skip
+            return x, need, Standing.RACES
         if self.scratch is None:
             self.scratch = decode.norm_route_scratch(self.rows, hidden.shape[1], self.device)
         x, _, _ = decode.norm_route(
             hidden, norm.weight, norm.eps, self.weights[layer], self.scratch, threshold=self.limit, plus_one=norm.plus_one,
             may_skip=self.may_skip, real=self.real, needs=need,
         )  # fmt: skip
-        return x, need, False
+        return x, need, Standing.AHEAD
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         need = self.flag(layer)
