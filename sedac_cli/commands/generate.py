@@ -144,7 +144,9 @@ def tell_drafts(out: Output, result: Any) -> None:
     )
     clock = result.break_even_measured
     if clock == 0:
-        out.note("  by this machine's clock: the run is too short, or the machine too busy, to compare with dense steps")
+        out.note(
+            "  by this machine's clock: the run is too short, or the machine too busy, to compare with dense steps"
+        )
     elif clock is not None:
         passes = result.verify_steps + clock * result.proposed  # what the run took, in dense steps
         speed = (result.verify_steps + result.accepted) / passes
