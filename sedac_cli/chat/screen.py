@@ -6,11 +6,13 @@ screen = make_screen(Output()); screen.begin(turn); screen.piece(piece, token, t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 from typing import Any, Protocol
 
+from sedac_cli.chat.quiet import typing_unseen
 from sedac_cli.chat.session import Turn
 from sedac_cli.console import Output
 from sedac_cli.palette import legend, style_of
@@ -91,37 +93,48 @@ class LiveScreen:
 
         self.console = console or Console(highlight=False)
         self.live: Any = None
+        self.unseen = contextlib.ExitStack()
+        self.size: Any = None
         self.turn: Turn | None = None
         self.gate = ""
 
     def ask(self) -> str:
-        import contextlib
-
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() a line editor and its history
         self.console.print()
         return input("\x01\x1b[1m\x02you> \x01\x1b[0m\x02")
 
     def begin(self, turn_gate: str) -> None:
+        self.turn, self.gate = None, turn_gate
+        self.unseen.enter_context(typing_unseen())
+        self._start()
+
+    def _start(self) -> None:
         from rich.live import Live
 
-        self.turn, self.gate = None, turn_gate
+        self.size = self.console.size
         self.live = Live(
             console=self.console, get_renderable=lambda: self.frame(whole=False), refresh_per_second=8,
-            vertical_overflow="crop",
+            vertical_overflow="crop", transient=True,
         )  # fmt: skip
         self.live.start()
 
     def piece(self, piece: str, token: StreamToken, turn: Turn) -> None:
         self.turn = turn
+        if self.live is not None and self.console.size != self.size:
+            # The terminal has broken the lines anew: where the drawing began is not known any more.
+            self.live.stop()
+            self.console.clear()
+            self._start()
 
     def end(self, turn: Turn | None) -> None:
+        """The last frame may hold only the end of the reply: the whole is printed instead."""
         live, self.live = self.live, None
         if live is None:
             return
         self.turn = turn
-        live.transient = True  # the last frame may hold only the end of the reply: the whole is printed instead
         live.stop()
+        self.unseen.close()
         if turn is not None:
             self.console.print(self.frame(whole=True))
             self.console.print(summary(turn), style="dim")
@@ -145,8 +158,8 @@ class LiveScreen:
             from rich.text import Text
 
             reply = Text("\n").join(lines[-height:])
-        if not wide:
-            return Group(reply, self.figures_line())
+        if not wide:  # what is kept has its figures printed after it
+            return reply if whole else Group(reply, self.figures_line())
         grid = Table.grid(padding=(0, 1))
         grid.add_column(width=width, overflow="fold")
         grid.add_column(width=PANEL)
@@ -162,6 +175,7 @@ class LiveScreen:
             return Text("reading the prompt ...", style="dim")
         for piece, token in zip(turn.pieces, list(turn.tokens), strict=False):
             text.append(piece.translate(CONTROL), style=style_of(token.skipped, turn.num_layers))
+        text.rstrip()  # models that do not know where to end write empty lines: a screen of nothing
         return text
 
     def figures_line(self) -> Any:

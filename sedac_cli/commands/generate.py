@@ -138,18 +138,27 @@ def tell_drafts(out: Output, result: Any) -> None:
         out.note("no drafts were made: every token is a dense step")
         return
     reached = result.acceptance_rate
-    needed = [
-        ("by this machine's clock", result.break_even_measured),
-        ("by FLOPs, weight-bound", result.break_even_flops),
-    ]
     out.note(
         f"drafts: {result.accepted} of {result.proposed} accepted (AR {reached:.1%}), TRR {result.token_recovery_rate:.1%}, "
         f"{result.verify_tokens / result.verify_steps:.2f} tokens per verify pass, drafts skip {result.draft_skip_ratio:.1%}"
     )
-    for how, limit in needed:
-        if limit is not None:
-            verdict = "cannot pay" if limit > 1 else "pays" if reached > limit else "does not pay"
-            out.note(f"  break-even AR {how}: {limit:.1%}, reached {reached:.1%}: {verdict}")
+    clock = result.break_even_measured
+    if clock == 0:
+        out.note(
+            "  by this machine's clock: the run is too short, or the machine too busy, to compare with dense steps"
+        )
+    elif clock is not None:
+        passes = result.verify_steps + clock * result.proposed  # what the run took, in dense steps
+        speed = (result.verify_steps + result.accepted) / passes
+        out.note(f"  by this machine's clock: {speed:.2f}x as fast as dense steps; {told(reached, clock)}")
+    if result.break_even_flops is not None:
+        out.note(f"  by FLOPs, where a verify pass costs one dense step: {told(reached, result.break_even_flops)}")
+
+
+def told(reached: float, limit: float) -> str:
+    if limit > 1:
+        return f"no acceptance could make it pay (break-even AR {limit:.1%})"
+    return f"{'pays' if reached > limit else 'does not pay'} (AR {reached:.1%}, break-even {limit:.1%})"
 
 
 def read_prompts(given: list[str], file: Path | None) -> list[str]:

@@ -16,7 +16,7 @@ from sedac_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     from sedac_cli.serve.limits import Limits
 
-BACKENDS = ("auto", "vllm", "eager")
+BACKENDS = ("auto", "vllm", "eager", "graph")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -32,7 +32,11 @@ def serve(
         list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]", help="Passed on to `vllm serve`.")
     ] = None,
     backend: Annotated[
-        str, typer.Option("--backend", help="vllm, eager, or auto: vLLM where it is installed.")
+        str,
+        typer.Option(
+            "--backend",
+            help="vllm; eager; graph: CUDA graphs, one sequence at a time; auto: vllm where it is installed, else eager.",
+        ),
     ] = "auto",
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -42,6 +46,9 @@ def serve(
     served_name: Annotated[
         str | None, typer.Option("--served-name", help="What clients call the model; default: as --model names it.")
     ] = None,
+    max_length: Annotated[
+        int, option("Limits", "--max-length", min=2, help="With --backend graph: positions of its cache.")
+    ] = 8192,
     max_queue: Annotated[int, option("Limits", "--max-queue", min=1, help="Sequences that may wait; then 429.")] = 64,
     max_batch: Annotated[int, option("Limits", "--max-batch", min=1, help="Sequences that run together.")] = 8,
     batch_wait: Annotated[
@@ -81,8 +88,10 @@ def serve(
         Limits(), max_queue=max_queue, max_batch=max_batch, batch_wait=batch_wait, max_new_tokens=max_new_tokens,
         request_timeout=request_timeout, max_body=round(max_body * 1e6), grace=grace,
     )  # fmt: skip
+    if backend == "graph":
+        limits = replace(limits, max_batch=1)
     listener = bind(host, port)
-    serve_eager(out, model, gate, seed, api_key, served_name, listener, limits)
+    serve_here(out, model, gate, seed, api_key, served_name, listener, limits, backend == "graph", max_length)
 
 
 def serve_with_vllm(
@@ -131,26 +140,39 @@ def serve_with_vllm(
         raise typer.Exit(code)
 
 
-def serve_eager(
+def serve_here(
     out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: socket.socket,
-    limits: Limits,
+    limits: Limits, graphs: bool, max_length: int,
 ) -> None:  # fmt: skip
-    """Serve with the eager engine. Another engine is another such function, chosen by `serve`."""
+    """Serve with an engine of this process."""
     from sedac_cli.models import load_model
     from sedac_cli.runtime.plan import make_plan
+    from sedac_cli.runtime.stream import context_limit
     from sedac_cli.serve.app import make_app
     from sedac_cli.serve.server import serve as run
     from sedac_cli.serve.state import make_served
 
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
-    served = make_served(loaded, plan, gate, limits, name)
+    if graphs:
+        from sedac_cli.runtime.graph.stream import GraphStream
+
+        length = min(max_length, context_limit(loaded) or max_length)
+        stream = GraphStream(loaded, plan, length)
+        for note in stream.gated.notes:
+            out.note(note)
+        served = make_served(loaded, plan, gate, limits, name, stream, length, top_logprobs=False)
+    else:
+        served = make_served(loaded, plan, gate, limits, name)
+    engine = "graph engine" if graphs else "eager engine"
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def ready() -> None:
-        out.result({"url": url, "model": served.name, "gate": gate, "device": str(loaded.device)})
-        out.note(f"serving {served.name} with gate {gate} on {url} (eager engine, {loaded.device}); Ctrl-C stops")
+        out.result(
+            {"url": url, "model": served.name, "gate": gate, "engine": engine.split()[0], "device": str(loaded.device)}
+        )
+        out.note(f"serving {served.name} with gate {gate} on {url} ({engine}, {loaded.device}); Ctrl-C stops")
         if host not in LOCAL and api_key is None:
             out.note("note: this address can be reached from other machines and there is no --api-key")
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 INK, GRID = "#010203", "#040506"
 """Stand for the page's own colours; replaced by CSS variables."""
 COLORS = ("#2f7fd6", "#d9702b", "#2f9e6e", "#a05fd0", "#c0436b", "#8a8f2a")
+SHAPES = "Ds^vP*Xdph"
 _figures = count(1)
 
 
@@ -87,8 +89,10 @@ def curve_figure(
     reference: float | None = 1.0,
     limit: float | None = None,
 ) -> str:
-    """Skip against quality: lines for what was swept, points with their intervals for what was measured."""
-    figure, axes = _figure()
+    """Skip against quality: lines for what was swept, points with their intervals for what was measured, and dense, at
+    0 % and 1, so that distances can be judged."""
+    figure, axes = _figure(2.9 + 0.17 * (len(lines) + len(points)) / 2)
+    axes.plot([0], [1], color=INK, marker="o", markersize=5, markerfacecolor="none", linestyle="", label="dense")
     colors = iter(COLORS * 4)
     for line in lines:
         order = sorted(range(len(line.x)), key=lambda i: line.x[i])
@@ -101,7 +105,7 @@ def curve_figure(
                 [x[i] for i in hollow], [y[i] for i in hollow], linestyle="", marker="x", color=COLORS[4], markersize=6,
                 label="not certified",
             )  # fmt: skip
-    for point, shape in zip(points, "Ds^vP*Xdph" * 3, strict=False):
+    for point, shape in zip(points, SHAPES * 3, strict=False):
         color = next(colors)
         if point.low is not None and point.high is not None:
             spread = [[max(0.0, point.y - point.low)], [max(0.0, point.high - point.y)]]
@@ -119,8 +123,23 @@ def curve_figure(
         axes.axhline(limit, color=COLORS[4], linewidth=1, linestyle="--", label=f"promised: {limit:g}")
     axes.set_xlabel("MLPs skipped, %")
     axes.set_ylabel(ylabel)
+    axes.margins(0.08)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
+    told = "; ".join(f"{p.name}: {100 * p.x:.1f} % skipped, {p.y:.4f}" for p in points)
+    return _svg(figure, f"{ylabel} against the share of MLPs skipped. {told}")
+
+
+def layer_lines_figure(rates: Mapping[str, Sequence[float]]) -> str:
+    """Share of tokens that skip, by layer, a line for each configuration."""
+    figure, axes = _figure(2.9)
+    for (name, row), color, shape in zip(rates.items(), COLORS * 3, SHAPES * 2, strict=False):
+        axes.plot(
+            range(len(row)), [100 * r for r in row], color=color, marker=shape, markersize=3, linewidth=1.2, label=name
+        )
+    axes.set_xlabel("layer")
+    axes.set_ylabel("tokens that skip its MLP, %")
     axes.legend(fontsize=8)
-    return _svg(figure, f"{ylabel} against the share of MLPs skipped")
+    return _svg(figure, "share of tokens that skip the MLP, by layer and configuration")
 
 
 def layers_figure(real: Sequence[float], other: Sequence[float] | None, name: str) -> str:
@@ -144,14 +163,29 @@ def shares_figure(values: dict[int, list[float]], limits: dict[int, float], kind
     chosen = sorted(values)
     if len(chosen) > 6:  # a router in every layer: show some, evenly
         chosen = [chosen[round(i * (len(chosen) - 1) / 5)] for i in range(6)]
-    for layer, color in zip(chosen, COLORS, strict=False):
+    for layer, color, shape in zip(chosen, COLORS, SHAPES, strict=False):
         row = sorted(values[layer])
         shares = [100 * (i + 1) / len(row) for i in range(len(row))]
         if kind == "score":  # a router: the MLP is skipped where the score is above the limit
             shares = [100 - share for share in shares]
-        axes.plot(row, shares, color=color, linewidth=1.5, label=f"layer {layer}", drawstyle="steps-post")
+        axes.plot(row, shares, color=color, linewidth=1.5, drawstyle="steps-post")
         if layer in limits:
+            below = bisect_right(row, limits[layer]) / len(row)
+            now = 100 * (1 - below if kind == "score" else below)
             axes.axvline(limits[layer], color=color, linewidth=1, linestyle="--")
+            axes.plot(
+                [limits[layer]],
+                [now],
+                color=color,
+                marker=shape,
+                markersize=7,
+                linestyle="",
+                label=f"layer {layer}: {now:.0f} %",
+            )
+        else:
+            axes.plot(
+                [row[-1]], [shares[-1]], color=color, marker=shape, markersize=5, linestyle="", label=f"layer {layer}"
+            )
     axes.set_xlabel(f"threshold on the {kind}")
     axes.set_ylabel("tokens that would skip, %")
     axes.legend(fontsize=8)
@@ -172,3 +206,16 @@ def speed_figure(points: Sequence[Point]) -> str:
     axes.set_xlabel("speed-up over dense (1 = as fast)")
     axes.grid(axis="y", visible=False)
     return _svg(figure, "speed-up over dense by configuration")
+
+
+def floor_figure(points: Sequence[Point]) -> str:
+    """Milliseconds of a decode step (`y`) beside the least it could take (`x`), by configuration and work."""
+    figure, axes = _figure(max(1.6, 0.7 + 0.34 * len(points)))
+    places = list(range(len(points)))[::-1]
+    axes.barh(places, [point.y for point in points], color=COLORS[0], height=0.6, alpha=0.85, label="a step took")
+    axes.plot([point.x for point in points], places, color=INK, marker="|", markersize=13, linestyle="", label="floor")
+    axes.set_yticks(places, [point.name for point in points])
+    axes.set_xlabel("milliseconds of a decode step")
+    axes.grid(axis="y", visible=False)
+    axes.legend(fontsize=8)
+    return _svg(figure, "time of a decode step beside its floor, by configuration")

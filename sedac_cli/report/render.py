@@ -26,7 +26,15 @@ def render(run: RunData) -> tuple[str, list[str]]:
         loader=PackageLoader("sedac_cli.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    filled = {"machine": "", "versions": {}, "commands": []} | page
+    filled = {
+        "machine": "",
+        "versions": {},
+        "commands": [],
+        "settings": [],
+        "whole": "",
+        "busy": "",
+        "layers_told": "",
+    } | page
     return environment.get_template("page.html").render(page=filled), page["problems"]
 
 

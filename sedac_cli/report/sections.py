@@ -5,24 +5,19 @@ page = build_page(read_run(folder)); page["figures"]["ppl"]
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from sedac_cli import __version__
 from sedac_cli.artifacts.thresholds import Promise
 from sedac_cli.report import plots
+from sedac_cli.report.explain import gate_sentence
 from sedac_cli.report.plots import Line, Point
+from sedac_cli.report.provenance import provenance
 from sedac_cli.report.sources import RunData
+from sedac_cli.report.speed import speed
+from sedac_cli.report.table import Table, interval, number, share
 from sedac_cli.report.verdict import verdict
-
-
-@dataclass(frozen=True)
-class Table:
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
 
 
 def build_page(run: RunData) -> dict[str, Any]:
@@ -31,6 +26,7 @@ def build_page(run: RunData) -> dict[str, Any]:
         "version": __version__, "folder": run.folder.resolve().name, "model": run.model_ref, "gate": _gate(run),
         "verdict": verdict(run), "problems": list(run.problems), "missing": run.missing, "figures": {}, "tables": {},
         "heat": None, "random_weights": _random_weights(run),
+        "gate_told": gate_sentence(_gate(run)),
     }  # fmt: skip
     parts: dict[str, Callable[[RunData, dict[str, Any]], None]] = {
         "key figures": key_figures, "the curve": curves, "layers": layers, "sensitivity": sensitivity,
@@ -60,22 +56,28 @@ def key_figures(run: RunData, page: dict[str, Any]) -> None:
     rows = []
     for name, document in run.validations.items():
         report = document["report"]
-        m, spans = report["measures"], report["intervals"]
-        saved = report.get("reality", {}).get("compute_saved")
-
-        def span(key: str, spans: dict[str, Any] = spans) -> str:
-            return " .. ".join("inf" if x is None else f"{x:.4f}" for x in spans[key])
-
         label = report["gate"] if len(run.validations) == 1 else f"{report['gate']} ({name})"
-        rows.append(
-            [label, f"{m['skip_ratio']:.1%}", _share(saved), _number(m["ppl_ratio"]), span("ppl_ratio"),
-             _number(m["agreement"]), span("agreement"), _number(m.get("kl")), f"{report['predicted_tokens']:,}"]
-        )  # fmt: skip
+        saved = report.get("reality", {}).get("compute_saved")
+        rows.append(_quality_row(label, report["measures"], report["intervals"], saved, report["predicted_tokens"]))
+    for configuration in run.configurations:
+        quality = configuration.get("quality") or {}
+        if quality.get("measures"):
+            label = f"bench: {configuration['name']}"
+            rows.append(_quality_row(label, quality["measures"], quality.get("intervals") or {}, None, None))
     if rows:
         page["tables"]["quality"] = Table(
             ["gate", "MLPs skipped", "compute saved", "ppl ratio", "95 %", "agreement", "95 %", "KL, nats", "tokens"], rows,
-            "Compute saved counts gates and stand-ins as cost; it is arithmetic, not a clock.",
+            "Compute saved is a share of the whole model's arithmetic, with gates and stand-ins as cost; it is no clock.",
         )  # fmt: skip
+
+
+def _quality_row(
+    label: str, m: dict[str, Any], spans: dict[str, Any], saved: float | None, tokens: int | None
+) -> list[str]:
+    return [
+        label, share(m["skip_ratio"]), share(saved), number(m["ppl_ratio"]), interval(spans.get("ppl_ratio")),
+        number(m["agreement"]), interval(spans.get("agreement")), number(m.get("kl")), "-" if tokens is None else f"{tokens:,}",
+    ]  # fmt: skip
 
 
 def curves(run: RunData, page: dict[str, Any]) -> None:
@@ -121,7 +123,7 @@ def _points(run: RunData, key: str) -> list[Point]:
         if m[key] is not None:
             label = f"validate: {report['gate']}" if len(run.validations) == 1 else f"{report['gate']} ({name})"
             points.append(Point(label, m["skip_ratio"], m[key], *span))
-    for configuration in _configurations(run):
+    for configuration in run.configurations:
         quality = configuration.get("quality") or {}
         m, span = quality.get("measures") or {}, (quality.get("intervals") or {}).get(key) or (None, None)
         if m.get(key) is not None and m.get("skip_ratio") is not None:
@@ -131,12 +133,26 @@ def _points(run: RunData, key: str) -> list[Point]:
 
 def layers(run: RunData, page: dict[str, Any]) -> None:
     if run.validation is None:
+        cells = ((c["name"], cell) for c in run.configurations for cell in c.get("cells") or [])
+        rates: dict[str, list[float]] = {}
+        for name, cell in cells:
+            if any(cell.get("skip_ratio_per_layer") or []):
+                rates.setdefault(name, cell["skip_ratio_per_layer"])
+        if rates:
+            page["figures"]["layers"] = plots.layer_lines_figure(rates)
+            page["layers_told"] = "Share of tokens that skip each layer's MLP, in the first work of each configuration."
         return
     report = run.validation["report"]
     simulated = report.get("simulation")
     page["figures"]["layers"] = plots.layers_figure(
-        report["reality"]["skip_rates"], simulated and simulated["skip_rates"], "simulated on the dense model's states"
+        report["reality"]["skip_rates"], simulated and simulated["skip_rates"], "as the gate would on the dense model"
     )
+    page["layers_told"] = "Share of tokens that skip each layer's MLP, on validation text."
+    if simulated:
+        page["layers_told"] += (
+            " The line: what the gate decides on states of the dense model; where the bars differ, earlier skips have "
+            "changed what later layers saw."
+        )
 
 
 def sensitivity(run: RunData, page: dict[str, Any]) -> None:
@@ -147,7 +163,7 @@ def sensitivity(run: RunData, page: dict[str, Any]) -> None:
         for row in promise.candidates:
             setting = ", ".join(f"{k} {v:g}" for k, v in row.items() if k not in known and isinstance(v, int | float))
             rows.append(
-                [setting or "-", f"{row['skip_ratio']:.2%}", _number(row["value"]), f"{row['p']:.3g}",
+                [setting or "-", f"{row['skip_ratio']:.2%}", number(row["value"]), f"{row['p']:.3g}",
                  "certified" if row["certified"] else "not certified"]
             )  # fmt: skip
         page["tables"]["ladder"] = Table(
@@ -155,14 +171,17 @@ def sensitivity(run: RunData, page: dict[str, Any]) -> None:
             "Tested from strict to loose on the calibration text, up to the first that fails.",
         )  # fmt: skip
     elif run.thresholds is not None and run.thresholds.found_by.get("checkpoints"):
+        label = run.thresholds.target_label
+        unit = "nats" if label == "harm" else "bits"
         page["tables"]["ladder"] = Table(
-            ["layer", "threshold", "wanted", "exits, of those that reach it", "label of exited", "of kept"],
+            ["layer", f"threshold on the risk, {unit}", "wanted to exit", "exit", f"mean {label}, exiting", f"mean {label}, staying"],
             [
-                [str(c["layer"]), f"{c['threshold']:.4f}", _share(c["target_rate"]), _share(c["exit_rate"]),
-                 _number(c["exited_label"]), _number(c["kept_label"])]
+                [str(c["layer"]), f"{c['threshold']:.4f}", share(c["target_rate"]), share(c["exit_rate"]),
+                 number(c["exited_label"]), number(c["kept_label"])]
                 for c in run.thresholds.found_by["checkpoints"]
             ],
-            f"On the calibration text; the label is '{run.thresholds.target_label}'.",
+            f"On the calibration text, of the tokens that reach the layer. The probe guesses {_told_label(label)}: it works as "
+            "far as those that exit have less of it than the others.",
         )  # fmt: skip
     if run.tokens is None or not run.tokens.get("value"):
         return
@@ -174,6 +193,12 @@ def sensitivity(run: RunData, page: dict[str, Any]) -> None:
     limits = _limits(run.tokens)
     if values and kind in ("risk", "score"):
         page["figures"]["shares"] = plots.shares_figure(values, limits, kind)
+
+
+def _told_label(label: str) -> str:
+    if label == "harm":
+        return "the harm of skipping from its layer on (KL to the dense model's next-token distribution)"
+    return f"the entropy of the next token ('{label}')"
 
 
 def _limits(tokens: dict[str, Any]) -> dict[int, float]:
@@ -193,54 +218,10 @@ def bins(run: RunData, page: dict[str, Any]) -> None:
         page["tables"].setdefault("bins", []).append(
             (title, Table(
                 ["bin", "tokens", "MLPs skipped", "ppl ratio", "agreement"],
-                [[b["bin"], f"{b['tokens']:,}", _share(b["skip_ratio"]), _number(b["ppl_ratio"]), _number(b["agreement"])]
+                [[b["bin"], f"{b['tokens']:,}", share(b["skip_ratio"]), number(b["ppl_ratio"]), number(b["agreement"])]
                  for b in rows],
             ))
         )  # fmt: skip
-
-
-def _configurations(run: RunData) -> list[dict[str, Any]]:
-    return [c for c in (run.bench or {}).get("configurations") or [] if isinstance(c, dict)]
-
-
-def speed(run: RunData, page: dict[str, Any]) -> None:
-    if run.bench is None:
-        return
-    rows, points = [], []
-    for configuration in _configurations(run):
-        if configuration.get("status") == "crashed" and not configuration.get("cells"):
-            error = (configuration.get("errors") or [{}])[0].get("error", "")
-            rows.append([configuration["name"], f"crashed: {error}", "-", "-", "-", "-"])
-        for cell in configuration.get("cells") or []:
-            ratio = cell.get("speedup") or {}
-            if ratio.get("median") is not None:
-                label = f"{configuration['name']}\n{cell.get('label', '')}"
-                points.append(Point(label, 0, ratio["median"], ratio.get("low"), ratio.get("high")))
-            ttft, itl = cell.get("ttft_seconds") or {}, cell.get("itl_seconds") or {}
-            rows.append(
-                [configuration["name"], str(cell.get("label", "-")), _spread(ratio, "x"),
-                 _spread(cell.get("tokens_per_second"), ""), _ms(ttft.get("p50")), _ms(itl.get("p50"))]
-            )  # fmt: skip
-    floor = _floor(run.bench)
-    if rows:
-        page["tables"]["speed"] = Table(
-            ["configuration", "work", "speed-up (95 %)", "tokens/s", "first token", "between tokens"], rows,
-            f"Speed-up: dense wall time / own, pairs in one run. Dense is: {run.bench.get('baseline', 'dense')}."
-            + (f" {floor}" if floor else ""),
-        )  # fmt: skip
-    if points:
-        page["figures"]["speed"] = plots.speed_figure(points)
-    machine = run.bench.get("machine") or {}
-    gpus = ", ".join(str(gpu.get("name")) for gpu in machine.get("gpus") or [])
-    page["machine"] = ", ".join(str(x) for x in (machine.get("cpu"), gpus) if x)
-
-
-def _floor(bench: dict[str, Any]) -> str:
-    """The least time a step can take, where the benchmark says it."""
-    found = bench.get("floor") or (bench.get("subject") or {}).get("floor")
-    if isinstance(found, dict):
-        found = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in found.items())
-    return f"Floor (weights read once per step): {found}." if found else ""
 
 
 def heat(run: RunData, page: dict[str, Any]) -> None:
@@ -282,56 +263,3 @@ def _telling(token: dict[str, Any], limits: dict[int, float], kind: str | None, 
         sign = -1 if kind == "score" else 1
         at = min(values, key=lambda layer: sign * (values[layer] - limits.get(layer, 0.0)))
     return [at, values[at], limits.get(at)]
-
-
-def provenance(run: RunData, page: dict[str, Any]) -> None:
-    commands = []
-    if run.manifest is not None:
-        page["versions"] = next((s.versions for s in run.manifest.steps.values()), {})
-        for step in run.manifest.steps.values():
-            line = shlex.join(step.command)
-            if line not in commands:
-                commands.append(line)
-    if run.validation is not None:
-        report = run.validation["report"]
-        text = report.get("text") or {}
-        told = ["sedac", "validate", "--model", report["model"]["ref"], "--data-dir", str(run.folder)]
-        for name, option in (
-            ("dataset", "--dataset"),
-            ("split", "--split"),
-            ("samples", "--samples"),
-            ("max_length", "--max-length"),
-        ):
-            if text.get(name) is not None:
-                told += [option, str(text[name])]
-        commands.append(shlex.join(told))
-        page.setdefault("versions", run.validation.get("versions") or {})
-    if run.bench is not None and run.bench.get("command"):
-        commands.append(shlex.join(map(str, run.bench["command"])))
-    commands.append(shlex.join(["sedac", "report", str(run.folder)]))
-    page["commands"] = commands
-    if run.manifest is not None:
-        files = [(name, digest) for step in run.manifest.steps.values() for name, digest in step.files.items()]
-        page["tables"]["files"] = Table(["file", "sha256"], [[name, digest[:16]] for name, digest in files])
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
-def _spread(value: dict[str, Any] | None, unit: str) -> str:
-    if not value or value.get("median") is None:
-        return "-"
-    digits = 3 if unit else 1
-    text = f"{value['median']:.{digits}f}{unit}"
-    if value.get("low") is not None:
-        text += f" ({value['low']:.{digits}f} .. {value['high']:.{digits}f})"
-    return text
-
-
-def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{value * 1000:.1f} ms"

@@ -5,6 +5,7 @@ run = read_run(Path("sedac_data")); run.missing      # [("the curve ...", "sedac
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from sedac_cli.artifacts.manifest import MANIFEST, Manifest
 from sedac_cli.artifacts.thresholds import Thresholds
 from sedac_cli.errors import InputError, SedacError
 
-THRESHOLDS, VALIDATE, BENCH, TOKENS, REPORT = (
-    "thresholds.json", "validate.json", "bench.json", "tokens.json", "report.html",
+THRESHOLDS, VALIDATE, BENCH, TOKENS, RUN, REPORT = (
+    "thresholds.json", "validate.json", "bench.json", "tokens.json", "run.json", "report.html",
 )  # fmt: skip
 
 
@@ -38,11 +39,18 @@ class RunData:
     gates: dict[str, GatesFile] = field(default_factory=dict)
     bench: dict[str, Any] | None = None
     tokens: dict[str, Any] | None = None
+    steps: list[str] = field(default_factory=list)
+    """What `sedac run` or `sedac demo` did here, as command lines without the `sedac`."""
     problems: list[str] = field(default_factory=list)
 
     @property
     def validation(self) -> dict[str, Any] | None:
         return next(iter(self.validations.values()), None)
+
+    @property
+    def configurations(self) -> list[dict[str, Any]]:
+        """Of the benchmark; none without one."""
+        return [c for c in (self.bench or {}).get("configurations") or [] if isinstance(c, dict)]
 
     @property
     def model_ref(self) -> str | None:
@@ -115,6 +123,8 @@ def read_run(folder: Path) -> RunData:
             run.bench = _document(run, path, "configurations")
     if (folder / TOKENS).is_file():
         run.tokens = _document(run, folder / TOKENS, "tokens")
+    if (folder / RUN).is_file():
+        run.steps = _tolerant(run, RUN, lambda: _steps(read_json(folder / RUN))) or []
     anything = (run.manifest, run.thresholds, run.validation, run.bench, run.tokens, *run.gates.values())
     if all(x is None for x in anything):
         raise InputError(
@@ -122,6 +132,12 @@ def read_run(folder: Path) -> RunData:
             hint="sedac demo, or sedac run CONFIG.yaml, makes a folder to report on",
         )
     return run
+
+
+def _steps(document: dict[str, Any]) -> list[str]:
+    """The report itself may be the step that is being made: it has no record yet."""
+    done = [(name, step["options"]["argv"]) for name, step in document["steps"].items() if step.get("finished")]
+    return [shlex.join([name, *argv]) for name, argv in done if name != "report"]
 
 
 def gate_sources(run: RunData) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sedac_cli.report.explain import bench_limits
 from sedac_cli.report.sources import RunData
 
 KEPT, BROKEN, NONE, UNCHECKED = "kept", "broken", "none", "unchecked"
@@ -26,6 +27,12 @@ def verdict(run: RunData) -> Verdict:
     if missed:
         also = ["Limits of the benchmark that were missed: " + "; ".join(missed) + "."]
         return Verdict(BROKEN, "A limit was missed", [*found.sentences, *also])
+    limits = bench_limits(run.bench) if run.bench else []
+    if limits and run.bench and run.bench.get("complete") and not run.bench.get("crashed"):
+        also = ["The benchmark kept its limits: " + "; ".join(limits) + "."]
+        if run.thresholds is None and run.validation is None:
+            return Verdict(KEPT, "The benchmark's limits held", also)
+        return Verdict(found.status, found.headline, [*found.sentences, *also])
     return found
 
 
@@ -35,7 +42,7 @@ def _promise(run: RunData) -> Verdict:
     if isinstance(check, dict):
         low, high = check["interval"]
         told = [
-            f"Promised: {check['harm']}, with confidence {check['confidence']:g}. {check['promise']}.",
+            f"Promised: {check['harm']}, with confidence {check['confidence']:g}: {check['promise']}.",
             f"Measured on other text: {check['measured']:.4f} (95 % interval {low:.4f} .. {high:.4f}) over "
             f"{check['sequences']:,} sequences.",
         ]
@@ -58,6 +65,9 @@ def _promise(run: RunData) -> Verdict:
             f"{_times(m.get('ppl_ratio'))} dense (95 % interval {_times(spans['ppl_ratio'][0])} .. "
             f"{_times(spans['ppl_ratio'][1])}), the same first choice at {m['agreement']:.1%} of positions."
         )
+        return Verdict(NONE, "No quality was promised; this is what was measured", told)
+    if any((c.get("quality") or {}).get("measures") for c in run.configurations):
+        told.append("This folder holds a benchmark without limits. What it measured, with the skips in force:")
         return Verdict(NONE, "No quality was promised; this is what was measured", told)
     if not told:
         told.append("This folder holds no thresholds and no validation: there is nothing that could have held.")

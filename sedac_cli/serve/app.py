@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -38,7 +38,7 @@ def make_app(served: Served, api_key: str | None = None) -> Guard:
     app.include_router(native_routes(served))
     add_health(app, served)
     add_error_handlers(app, served)
-    return Guard(app, served.limits, api_key)
+    return Guard(app, served.limits, api_key, partial(count_refused, served))
 
 
 def add_health(app: FastAPI, served: Served) -> None:
@@ -59,7 +59,7 @@ def add_health(app: FastAPI, served: Served) -> None:
 def add_error_handlers(app: FastAPI, served: Served) -> None:
     def answer(error: ApiError, request: Request) -> JSONResponse:
         if 400 <= error.status < 500 and error.status != 429 and request.method == "POST":
-            served.metrics.requests.labels(endpoint_of(request), "invalid").inc()
+            count_refused(served, request.url.path, error.status)
         return JSONResponse(error.document, error.status, error.headers)
 
     @app.exception_handler(ApiError)
@@ -79,7 +79,10 @@ def add_error_handlers(app: FastAPI, served: Served) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})), request)
+        text = str(error.detail)
+        if error.status_code in (404, 405):
+            text = f"{request.method} {request.url.path}: {text}; /openapi.json lists what is here"
+        return answer(ApiError(error.status_code, text, headers=dict(error.headers or {})), request)
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
@@ -90,7 +93,11 @@ def add_error_handlers(app: FastAPI, served: Served) -> None:
         return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").document, 500)
 
 
-def endpoint_of(request: Request) -> str:
-    known: dict[str, Any] = {"/v1/completions": "completions", "/v1/chat/completions": "chat",
-                             "/generate": "generate", "/batch_generate": "batch_generate"}  # fmt: skip
-    return known.get(request.url.path, "other")
+ENDPOINTS = {"/v1/completions": "completions", "/v1/chat/completions": "chat", "/generate": "generate",
+             "/batch_generate": "batch_generate"}  # fmt: skip
+
+
+def count_refused(served: Served, path: str, status: int) -> None:
+    """Once per request that never became work."""
+    outcome = "unauthorized" if status == 401 else "invalid"
+    served.metrics.requests.labels(ENDPOINTS.get(path, "other"), outcome).inc()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,8 +30,11 @@ class SlowClientError(Exception):
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None = None):
-        self.app, self.limits = app, limits
+    def __init__(
+        self, app: ASGIApp, limits: Limits, api_key: str | None = None, refused: Callable[[str, int], None] | None = None
+    ):  # fmt: skip
+        """`refused` hears the path and the status of every request that got no further than here."""
+        self.app, self.limits, self.refused = app, limits, refused
         self.key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,24 +43,31 @@ class Guard:
             return
         headers = dict(scope["headers"])
         try:
-            self._admit(scope, headers)
-            body = await self._read(scope, headers, receive)
+            # Who may not come in is heard out as well: closed on a client that still sends, a connection is reset, and
+            # what was answered is lost with it.
+            stranger = self._stranger(scope, headers)
+            body = await self._read(scope, headers, receive, keep=stranger is None)
+            if stranger is not None:
+                raise stranger
         except ApiError as error:
+            if self.refused is not None:
+                self.refused(scope["path"], error.status)
             await refuse(send, error)
             return
         with contextlib.suppress(SlowClientError):
             await self.app(scope, _replay(body, receive), self._bounded(send))
 
-    def _admit(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+    def _stranger(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         if self.key is not None and scope["path"] not in OPEN:
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if kind.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.key):
-                raise ApiError(
+                return ApiError(
                     401, "missing or wrong API key: send 'Authorization: Bearer KEY'", code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
+        return None
 
-    async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, keep: bool) -> bytes:
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_timeout):
@@ -68,12 +78,14 @@ class Guard:
                         raise ApiError(400, "the body broke off")
                     chunk, more = message.get("body", b""), message.get("more_body", False)
                     read += len(chunk)
-                    if read <= self.limits.max_body:
+                    if keep and read <= self.limits.max_body:
                         body += chunk
         except TimeoutError:
             raise ApiError(
                 408, f"the body was not complete after {self.limits.body_timeout:g} s", code="body_timeout"
             ) from None
+        if not keep:
+            return b""
         if read > self.limits.max_body:
             raise ApiError(413, f"the body is larger than {self.limits.max_body} bytes", code="body_too_large")
         if scope["method"] == "POST":

@@ -118,6 +118,9 @@ async def respond(
 ) -> Any:
     if body.stream_options and not body.stream:
         raise ApiError(400, "'stream_options' goes with 'stream': true", param="stream_options")
+    if rows and rows[0].top_logprobs and not served.top_logprobs:
+        name = "top_logprobs" if form is CHAT else "logprobs"
+        raise ApiError(400, f"{name}: this server knows only the probability of the token it chose; send 0", param=name)
     call = Call(served.engine, "chat" if form is CHAT else "completions", rows, body.stops)
     head = {"id": f"{form.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
     if body.stream:

@@ -19,9 +19,10 @@ from sedac_cli.serve.limits import Limits
 
 
 class Prompts:
-    def __init__(self, loaded: LoadedModel, limits: Limits):
+    def __init__(self, loaded: LoadedModel, limits: Limits, context: int | None = None):
+        """`context`: positions of the engine, where these are fewer than the model's."""
         self.loaded, self.limits = loaded, limits
-        self.context = context_limit(loaded)
+        self.context = min((n for n in (context, context_limit(loaded)) if n is not None), default=None)
         # A fast tokenizer must not encode and decode in two threads at once: the engine has the other one.
         self.tokenizer: Any = copy.deepcopy(loaded.tokenizer)
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="sedac-tokenizer")
@@ -71,7 +72,7 @@ class Prompts:
         room = most if self.context is None else self.context - len(prompt)
         if room < (asked or 1):
             raise ApiError(
-                400, f"the prompt has {len(prompt)} tokens and {asked or 1} more were asked for; the model has "
+                400, f"the prompt has {len(prompt)} tokens and {asked or 1} more were asked for; this server has "
                 f"{self.context} positions", param=param if room >= 1 else "prompt", code="context_length_exceeded",
             )  # fmt: skip
         return min(default, room, most) if asked is None else asked

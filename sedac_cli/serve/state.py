@@ -25,6 +25,8 @@ class Served:
     prompts: Prompts
     metrics: Metrics
     limits: Limits
+    top_logprobs: bool = True
+    """Whether the engine knows the probabilities of tokens it did not choose."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> None:
@@ -36,11 +38,15 @@ class Served:
 
 
 def make_served(
-    loaded: LoadedModel, plan: Plan, gate: str, limits: Limits, name: str | None = None, backend: Backend | None = None
-) -> Served:
-    """`backend` is any engine with the contract of `runtime.stream.stream`; unless given, the eager one."""
+    loaded: LoadedModel, plan: Plan, gate: str, limits: Limits, name: str | None = None, backend: Backend | None = None,
+    context: int | None = None, top_logprobs: bool = True,
+) -> Served:  # fmt: skip
+    """`backend` is any engine with the contract of `runtime.stream.stream`; unless given, the eager one. `context`: positions
+    it has, where these are fewer than the model's."""
     name = name or loaded.identity.ref
     metrics = Metrics(loaded.decoder.num_layers, gate, name)
     backend = backend or partial(stream, loaded, plan)
     engine = Engine(backend, loaded.tokenizer, limits, metrics)
-    return Served(name, loaded.identity.ref, gate, engine, Prompts(loaded, limits), metrics, limits)
+    return Served(
+        name, loaded.identity.ref, gate, engine, Prompts(loaded, limits, context), metrics, limits, top_logprobs
+    )

@@ -74,3 +74,15 @@ def test_colours():
     ]
     assert [label for label, _ in legend()] == ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"]
     assert spark([0, 0.5, 1, 2, -1]) == " ▄██ "
+
+
+def test_a_narrow_reply_that_is_kept_has_no_figures_of_its_own():
+    """`end` prints them after it."""
+    turn = turn_of(["the ", "sea"], [0, 14])
+    assert "tokens/s" in drawn(turn, whole=False, width=50)
+    assert "tokens/s" not in drawn(turn, whole=True, width=50)
+
+
+def test_empty_lines_at_the_end_are_not_drawn():
+    assert drawn(turn_of(["the sea", *["\n"] * 300], [0] * 301), whole=True, width=50).count("\n") < 3
+    assert drawn(turn_of(["the", "\n\n", "sea"], [0] * 3), whole=True, width=50).count("\n") == 3

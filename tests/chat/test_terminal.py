@@ -103,6 +103,31 @@ def test_a_typed_session(terminal):
     assert t.close() == 0
 
 
+def test_what_is_typed_ahead_waits_for_the_prompt(terminal):
+    t = terminal("--max-new-tokens", 60)
+    t.until("you> ")
+    t.type("the sea\n")
+    t.until("left at layer")
+    t.type("/stats\n")
+    reply = ESCAPES.sub("", t.until("60 tokens"))
+    assert "/stats" not in reply  # typed keys would stand in the drawing and move it
+    if "1 replies" not in ESCAPES.sub("", t.seen):
+        t.until("1 replies")
+
+
+def test_a_window_that_changes_in_mid_reply(terminal):
+    t = terminal("--max-new-tokens", 150, columns=100, rows=30)
+    t.until("you> ")
+    t.type("the sea\n")
+    t.until("left at layer")
+    ioctl(t.master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    shown = t.until("you> ")
+    assert "\x1b[2J" in shown  # drawn anew, on a clean screen
+    last = ESCAPES.sub("", shown[shown.rindex("\x1b[2J") :])
+    assert "exits by layer" not in last  # no panel in a narrow window
+    assert "150 tokens" in last
+
+
 def test_ctrl_c_stops_a_reply_then_the_session_goes_on(terminal):
     t = terminal("--max-new-tokens", 3000)
     t.until("you> ")

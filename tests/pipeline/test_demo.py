@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 
 from sedac_cli.artifacts.manifest import Manifest
@@ -33,7 +35,9 @@ def test_the_whole_pipeline(sedac, small, tmp_path):
     second = sedac("demo", "--save-dir", tmp_path / "demo", "--seed", 1)
     assert second.code == 0, second.err
     assert "perplexity" not in second.err
-    assert "thresholds.json" in second.out
+    assert "report.html" in second.out
+    told = next(line for line in second.out.splitlines() if "sedac generate" in line)
+    assert sedac(*shlex.split(told.partition("sedac ")[2])).code == 0  # what it says to try works
 
 
 def test_somebody_elses_collection_is_left_alone(sedac, small, copied):

@@ -31,6 +31,21 @@ document.getElementById("f").addEventListener("load", (event) => {{
     return {{ text: doc.getElementById("tip").innerText, hidden: doc.getElementById("tip").hidden, right: box.right,
       cells: doc.querySelectorAll("#tip .cells i").length, on: doc.querySelectorAll("#tip .cells i.x").length }};
   }});
+  const heat = doc.querySelector(".heat"), tip = doc.getElementById("tip");
+  const press = (key) => heat.dispatchEvent(new view.KeyboardEvent("keydown", {{ key, bubbles: true }}));
+  heat.dispatchEvent(new view.PointerEvent("pointerleave", {{ pointerType: "mouse" }}));
+  told.left = tip.hidden;
+  told.keys = ["ArrowRight", "ArrowRight", "End", "ArrowLeft"].map((key) => {{ press(key); return tokens.indexOf(doc.querySelector(".heat .on")); }});
+  told.shown = !tip.hidden;
+  press("Escape");
+  told.escaped = tip.hidden;
+  tokens[3].dispatchEvent(new view.PointerEvent("pointerover", {{ bubbles: true, pointerType: "touch" }}));
+  heat.dispatchEvent(new view.PointerEvent("pointerleave", {{ pointerType: "touch" }}));
+  told.touched = !tip.hidden;
+  doc.body.dispatchEvent(new view.PointerEvent("pointerdown", {{ bubbles: true, pointerType: "touch" }}));
+  told.elsewhere = tip.hidden;
+  told.cells = [...doc.querySelectorAll(".wide td")].filter((e) => view.getComputedStyle(e).display !== "none"
+    && e.getBoundingClientRect().right > doc.documentElement.clientWidth).length;
   told.modes = [...doc.querySelectorAll("input[name=mode]")].map((radio) => {{
     radio.click();
     return [doc.querySelector(".heat").dataset.mode, tokens.map((t) => view.getComputedStyle(t).backgroundColor).join()];

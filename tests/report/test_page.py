@@ -51,10 +51,11 @@ def mine(finished, tmp_path):
 
 CELL = {"label": "batch 1, prompt 64", "speedup": {"median": 1.2345, "low": 1.1, "high": 1.3, "n": 3},
         "tokens_per_second": {"median": 17.0, "low": 16.0, "high": 18.0}, "ttft_seconds": {"p50": 0.0123},
-        "itl_seconds": {"p50": 0.004}}  # fmt: skip
+        "itl_seconds": {"p50": 0.004}, "floor": {"step_seconds": 0.0025, "share": {"median": 0.625}}}  # fmt: skip
 BENCH = {
     "schema_version": 1, "kind": "sedac bench", "command": ["sedac", "bench", "--gates", "always:2"], "complete": True,
     "baseline": "the stock model", "missed": [], "random_weights": True, "machine": {"cpu": "a CPU", "gpus": []},
+    "subject": {"read_bytes_per_second": 4.1e12},
     "matrix": {"base_model": "tiny"},
     "configurations": [
         {"name": "always:2", "status": "ok", "cells": [CELL], "errors": [],
@@ -96,6 +97,8 @@ def test_the_page_says_what_the_files_say(sedac, mine):
     assert "crashed: no such <gate>" in read
     assert "sedac bench --gates always:2" in read
     assert "a CPU" in read
+    assert "2.500 ms 62.5%" in read
+    assert "at the 4.10 TB/s" in read
     assert read.count("sedac calibrate") == 0  # nothing is missing
 
     tokens = json.loads((mine / "tokens.json").read_text())
@@ -127,7 +130,7 @@ def test_it_needs_nothing_but_itself(sedac, mine):
     assert reader.wants == []
     assert len(reader.ids) == len(set(reader.ids))
     assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest", source)
-    assert source.count("<svg") == 5
+    assert source.count("<svg") == 6
     for reference in re.findall(r'(?:url\(|href=")#([^")]+)', source):
         assert reference in reader.ids
 
@@ -228,6 +231,46 @@ def test_a_damaged_file_costs_its_part_not_the_page(sedac, mine, name, damage):
     assert "How to make it again" in text_of(mine / "report.html")
 
 
+def test_a_folder_of_a_benchmark_alone(sedac, tmp_path):
+    """Its quality, its layers and its limits are on the page."""
+    bench = json.loads(json.dumps(BENCH))
+    bench["matrix"]["thresholds"] = {"max_ppl_ratio": 1.6, "min_agreement": None, "min_ar": 0.9}
+    first = bench["configurations"][0]
+    first["summary"] = {"ppl_ratio": 1.5}
+    first["cells"] = [CELL | {"skip_ratio_per_layer": [0.0, 0.0, 1.0, 1.0]}]
+
+    def page_of(document):
+        (tmp_path / "bench.json").write_text(json.dumps(document))
+        assert sedac("report", tmp_path, "--redraw").code == 0
+        return text_of(tmp_path / "report.html"), (tmp_path / "report.html").read_text()
+
+    read, source = page_of(bench | {"crashed": []})
+    assert "The benchmark's limits held" in read
+    assert "ppl ratio at most 1.6" in read
+    assert "acceptance" not in read  # nothing drafted: that limit was about nothing
+    assert "bench: always:2 50.0% - 1.5000 1.4000 .. 1.6000 0.7000" in read
+    assert "share of tokens that skip the MLP, by layer and configuration" in source
+    for change in ({"crashed": ["broken"]}, {"complete": False}):
+        assert "limits held" not in page_of(bench | change)[0]
+    missed = [{"configuration": "always:2", "what": "ppl ratio", "found": 1.5, "limit": 1.4, "where": ""}]
+    assert "A limit was missed" in page_of(bench | {"missed": missed})[0]
+
+
+def test_the_steps_of_a_run_are_on_the_page(sedac, mine):
+    step = {"finished": True, "options": {"argv": ["--save-dir=a folder", "--layers=7,14"]}}
+    (mine / "run.json").write_text(json.dumps({"steps": {"collect": step, "report": {"finished": False}}}))
+    result = sedac("report", mine, "--redraw", "--json")
+    assert (result.code, result.json["problems"]) == (0, [])
+    assert "sedac collect '--save-dir=a folder' --layers=7,14" in text_of(mine / "report.html")
+
+
+def test_every_gate_is_told_in_words():
+    from sedac_cli.gates.registry import GATES
+    from sedac_cli.report.explain import gate_sentence
+
+    assert all(gate_sentence(name) for name in GATES)
+
+
 def test_folders_with_nothing(sedac, tmp_path):
     assert sedac("report", tmp_path / "no").code == 3
     result = sedac("report", tmp_path)
@@ -276,6 +319,13 @@ def test_in_a_browser(sedac, mine, tmp_path, width, dark):
         assert f"{token['skipped']} of 4 MLPs skipped" in tip["text"]
         assert f"{token['entropy']:.2f} bits" in tip["text"]
         assert "risk" in tip["text"]
+    assert told["left"]
+    assert told["shown"]
+    assert told["keys"] == [0, 1, 119, 118]
+    assert told["escaped"]
+    assert told["touched"]  # a lifted finger leaves what it tapped
+    assert told["elsewhere"]
+    assert told["cells"] == 0  # no figure hides at the side
     modes = dict(told["modes"])
     assert list(modes) == ["skip", "early", "bits", "changed"]
     assert len(set(modes.values())) >= 3  # the colours follow the choice

@@ -55,10 +55,20 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(loaded, gate="always:2", key=None, sinks=2, backend=None, send_buffer=None, **limits):
+def serving(
+    loaded,
+    gate="always:2",
+    key=None,
+    sinks=2,
+    backend=None,
+    send_buffer=None,
+    context=None,
+    top_logprobs=True,
+    **limits,
+):
     plan = make_plan(gate, loaded.decoder, guards=Guards(sinks=sinks))
     limits = replace(LIMITS, **limits)
-    served = make_served(loaded, plan, gate, limits, "tiny", backend)
+    served = make_served(loaded, plan, gate, limits, "tiny", backend, context, top_logprobs)
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     if send_buffer:  # else the system takes megabytes from us before a client's silence is felt

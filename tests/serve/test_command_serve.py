@@ -61,8 +61,10 @@ def test_what_runs_too_long_is_ended_after_the_grace(chatty_folder):
     started = python("-m", "sedac_cli", "serve", "--model", chatty_folder, "--port", 0, "--json", "--grace", 1,
                      "--max-new-tokens", 4000)  # fmt: skip
     try:
-        lines = [started.stdout.readline() for _ in range(6)]
-        url = json.loads("".join(lines))["url"]
+        document = ""
+        while not document.rstrip().endswith("}"):
+            document += started.stdout.readline()
+        url = json.loads(document)["url"]
         ask = {"prompt": "x", "max_new_tokens": 4000, "ignore_eos": True}
         answers = []
         asking = threading.Thread(target=lambda: answers.append(httpx2.post(url + "/generate", json=ask, timeout=60)))

@@ -45,20 +45,37 @@
     }
     tip.replaceChildren(...rows, cells);
     tip.hidden = false;
-    const at = span.getClientRects()[0], box = tip.getBoundingClientRect();
+    place();
+  };
+  let on = null;
+  const place = () => {
+    const at = on.getClientRects()[0], box = tip.getBoundingClientRect();
     const wide = document.documentElement.clientWidth;
     tip.style.left = Math.max(8, Math.min(at.left, wide - box.width - 8)) + "px";
     tip.style.top = (at.top > box.height + 12 ? at.top - box.height - 6 : at.bottom + 6) + "px";
   };
-  let on = null;
   const leave = () => { if (on) on.classList.remove("on"); on = null; tip.hidden = true; };
-  heat.addEventListener("pointerover", (event) => {
-    if (event.target === heat) return leave();
+  const choose = (span) => {
     leave();
-    on = event.target;
+    on = span;
     on.classList.add("on");
     show(on);
+  };
+  heat.addEventListener("pointerover", (event) => (event.target === heat ? leave() : choose(event.target)));
+  // A finger that is lifted leaves too: what it tapped stays shown until something else is.
+  heat.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") leave(); });
+  addEventListener("pointerdown", (event) => { if (!heat.contains(event.target)) leave(); });
+  heat.addEventListener("blur", leave);
+  heat.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") return leave();
+    const steps = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 10, ArrowUp: -10 };
+    const first = { Home: 0, End: spans.length - 1 }[event.key];
+    if (!(event.key in steps) && first === undefined) return;
+    event.preventDefault();
+    const next = first ?? (on ? spans.indexOf(on) + steps[event.key] : 0);
+    choose(spans[Math.max(0, Math.min(spans.length - 1, next))]);
+    on.scrollIntoView({ block: "nearest" });
+    place();
   });
-  heat.addEventListener("pointerleave", leave);
-  addEventListener("scroll", leave, { passive: true });
+  addEventListener("scroll", () => { if (on) place(); }, { passive: true });
 })();

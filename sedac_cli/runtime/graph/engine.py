@@ -14,7 +14,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Burst:
     tokens: Tensor
     needs: Tensor
     entropy: Tensor
+    logprob: Tensor
     finished: Tensor
 
     @classmethod
@@ -57,7 +58,7 @@ class Burst:
 
         return cls(
             make(steps, rows, dtype=torch.long), make(steps, layers, dtype=torch.int32), make(steps, rows, dtype=torch.float32),
-            make(rows, dtype=torch.bool),
+            make(steps, rows, dtype=torch.float32), make(rows, dtype=torch.bool),
         )  # fmt: skip
 
     def copy_(self, other: Burst) -> None:
@@ -79,6 +80,14 @@ class Run:
     decode_seconds: float
     replays: int
     steps: int = field(default=0)
+
+
+class Listener(Protocol):
+    """Hears a call of `run` as it goes; either may answer True to stop."""
+
+    def prompt(self, seen: Pass | None, token: Tensor, entropy: Tensor, logprob: Tensor) -> bool: ...
+
+    def burst(self, burst: Burst, ran: Tensor) -> bool: ...
 
 
 class GraphEngine:
@@ -181,7 +190,7 @@ class GraphEngine:
     def _one_step(self, choose: Chooser, ends: Tensor, pad: int, into: Burst, index: int) -> None:
         state = self.state
         logits = self.step(state)
-        token, entropy = choose(logits, self.ops)
+        token, entropy, logprob = choose(logits, self.ops)
         token = torch.where(state.finished, pad, token)
         if ends.numel():
             state.finished.logical_or_((token.unsqueeze(1) == ends).any(dim=1))
@@ -190,6 +199,7 @@ class GraphEngine:
         state.slot.add_(1)
         into.tokens[index].copy_(token)
         into.entropy[index].copy_(entropy)
+        into.logprob[index].copy_(logprob)
         into.needs[index].copy_(self.program.needs)
         into.finished.copy_(state.finished)
 
@@ -269,9 +279,10 @@ class GraphEngine:
         ends: tuple[int, ...] = (),
         pad: int = 0,
         on_tokens: Callable[[Tensor], bool | None] | None = None,
+        listener: Listener | None = None,
     ) -> Run:
         """Token ids [rows, width] padded on the left, and their mask. `on_tokens` gets [steps, rows] as they come, and may
-        return True to stop."""
+        return True to stop; a `listener` gets everything else too."""
         rows, width = ids.shape
         if rows > self.batch:
             raise InputError(f"{rows} prompts at once: this engine was made for {self.batch}")
@@ -288,16 +299,18 @@ class GraphEngine:
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        token, _ = make_chooser(options)(logits, TwinOps())
+        token, entropy, logprob = make_chooser(options)(logits, TwinOps())
         self._load(ids, mask, prompt, token)
         if ends:
             state_ends = torch.tensor(ends, device=self.device)
             self.state.finished[:rows] = (token.unsqueeze(1) == state_ends).any(dim=1)
         if on_tokens is not None:
             on_tokens(token.unsqueeze(0).cpu())
+        if listener is not None and listener.prompt(seen, token, entropy, logprob):
+            steps = 0
         self._sync()
         middle = time.perf_counter()
-        parts = list(self._bursts(graphs, steps, rows, on_tokens)) if steps > 0 else []
+        parts = list(self._bursts(graphs, steps, rows, on_tokens, listener)) if steps > 0 else []
         self._sync()
         layers = self.loaded.decoder.num_layers
         needs = torch.cat([p.needs for p in parts]) if parts else torch.zeros(0, layers, dtype=torch.int32)
@@ -315,7 +328,7 @@ class GraphEngine:
 
     def _bursts(
         self, graphs: dict[int, tuple[Callable[[], None], Burst]], steps: int, rows: int,
-        on_tokens: Callable[[Tensor], bool | None] | None,
+        on_tokens: Callable[[Tensor], bool | None] | None, listener: Listener | None,
     ) -> Iterator[Burst]:  # fmt: skip
         """One burst runs ahead of the one that is read."""
         waiting: list[tuple[Burst, Any]] = []
@@ -337,6 +350,8 @@ class GraphEngine:
             yield done
             stop = stop or bool(done.finished[:rows].all())
             if on_tokens is not None and on_tokens(done.tokens[:, :rows]):
+                stop = True
+            if listener is not None and listener.burst(done, self.program.ran(done.needs)):
                 stop = True
 
     def _mark(self) -> Any:

@@ -1,7 +1,9 @@
 """The next token, chosen on the device: the best one, or one drawn with temperature, top-k and top-p.
 
 choose = make_chooser(options)
-token, entropy = choose(logits, ops)         # [rows] int64, [rows] float32 (bits)
+token, entropy, logprob = choose(logits, ops)         # [rows] int64, [rows] float32 (bits), [rows] float32 (nats)
+
+Entropy and log-probability are of the model's own distribution, before temperature and cuts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 from sedac_cli.runtime.generate import GenerateOptions
 from sedac_cli.runtime.graph.ops import Ops
 
-Chooser = Callable[[Tensor, Ops], tuple[Tensor, Tensor]]
+Chooser = Callable[[Tensor, Ops], tuple[Tensor, Tensor, Tensor]]
 
 
 def chooser_key(options: GenerateOptions) -> tuple[float, float, int]:
@@ -25,15 +27,18 @@ def chooser_key(options: GenerateOptions) -> tuple[float, float, int]:
 def make_chooser(options: GenerateOptions) -> Chooser:
     temperature, top_p, top_k = chooser_key(options)
 
-    def best(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    def best(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
         found = ops.entropy(logits)
-        return found.argmax, found.entropy
+        return found.argmax, found.entropy, found.confidence.log()
 
-    def draw(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor]:
+    def draw(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
         probabilities = shaped(logits, temperature, top_p, top_k)
         # The largest of p / e with e ~ Exp(1) is a draw from p, and needs no host.
         noise = torch.empty_like(probabilities).exponential_()
-        return (probabilities / noise).argmax(dim=-1), ops.entropy(logits).entropy
+        token, found = (probabilities / noise).argmax(dim=-1), ops.entropy(logits)
+        # log p(x) = x - max + log p(max): no second pass over the logits for log Z.
+        picked, top = (logits.gather(1, i.unsqueeze(1)).squeeze(1).float() for i in (token, found.argmax))
+        return token, found.entropy, picked - top + found.confidence.log()
 
     return best if temperature <= 0 else draw
 
