@@ -44,7 +44,7 @@ def offline(
         "metrics": metrics,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "vllm" / "offline.py"), json.dumps(options)], capture_output=True, text=True,
+        [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(options)], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}), timeout=600, cwd=folder.parent,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
