@@ -2,7 +2,8 @@
 
 The runner's hook tells a session which rows the coming step has (`begin`); the ops in the model call `look` at the layers whose
 entering state the gate reads, and `mlp` in place of each MLP that can be skipped. Layers that can change nothing are left as
-vLLM built them. This class is the plain form, for the CPU and for tests: rows that skip are never computed.
+vLLM built them. This class is the plain form, for the CPU and for tests: rows that skip are never computed (with adapters,
+unless a row of the same step does not skip).
 `device.DeviceSession` is the form for CUDA.
 
     session = Session(settings, plan, layers, torch.device("cpu"), max_tokens=2048)
@@ -30,7 +31,7 @@ from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import blend_rows
 from sedac_cli.vllm.forced import ForcedGate
 from sedac_cli.vllm.settings import Settings
-from sedac_cli.vllm.surgery import Layer
+from sedac_cli.vllm.surgery import Layer, adapted
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Session:
         self.layers = {layer.index: layer for layer in layers}
         self.looks, self.gated = sites_of(self.gate, sorted(self.layers))
         self.forward: dict[int, Callable[[Tensor], Tensor]] = {}
+        self.adapted = {layer for layer in self.gated if adapted(self.layers[layer].mlp)}
         self.rows: StepRows | None = None
         self.state: TokenState | None = None
         self.runner = ""
@@ -183,7 +185,12 @@ class Session:
         if bool((scale == 1).all()):
             return self.forward[layer](x)
         rows = torch.nonzero(scale).squeeze(-1)
-        out = self.forward[layer](x[rows]) if rows.numel() else None
+        if rows.numel() == 0:
+            out = None
+        elif layer in self.adapted:
+            out = self.forward[layer](x)[rows]
+        else:
+            out = self.forward[layer](x[rows])
         return blend_rows(self.standin, layer, x, out, rows, scale)
 
     def fresh(self, count: int) -> TokenState:

@@ -83,3 +83,8 @@ def _multiplies(module: nn.Module) -> bool:
         for m in child.modules()
         for kind in type(m).__mro__
     )
+
+
+def adapted(mlp: nn.Module) -> bool:
+    """Whether adapters (LoRA) hang on an MLP: they find a row's adapter by the row's place in the step, so no row may move."""
+    return any(kind.__name__ == "BaseLayerWithLoRA" for m in mlp.modules() for kind in type(m).__mro__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, save_tiny
-from vllm_helpers import PROMPTS, SIZE, hugging_face, save_probes
+from vllm_helpers import PROMPTS, SIZE, hugging_face, save_gates, save_probes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -44,7 +44,7 @@ def offline(
         "metrics": metrics,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "vllm" / "offline.py"), json.dumps(options)], capture_output=True, text=True,
+        [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(options)], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}), timeout=600, cwd=folder.parent,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
@@ -112,6 +112,26 @@ def test_two_ranks_decide_alike(model):
     for status in found["status"]:
         assert status["skipped"] == run.skipped_per_layer
         assert status["tokens"] == found["status"][0]["tokens"]
+
+
+def test_two_pipeline_stages_gate_their_own_layers(model, tmp_path):
+    """Two layers each: routers, stand-ins and counters of the second stage are those of layers 2 and 3, not of 0 and 1.
+    Compiled, since vLLM 0.32 on the CPU makes a later stage's buffers only while it warms up what it has compiled."""
+    loaded, folder, _ = model
+    save_gates(tmp_path / "gates.pth", loaded)
+    spec = f"learned:{tmp_path}/gates.pth@0.4"
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_CI_ENV": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    found = offline(folder, {"gate": spec}, environment, pipeline_parallel_size=2, enforce_eager=False)
+    want, run = expected(model, spec)
+    assert found["rounds"][0] == want
+    first, second = found["status"]
+    assert [first["rank"], second["rank"]] == [0, 1]
+    assert (first["gated"], second["gated"]) == ([1], [2, 3])
+    assert (first["layers"], second["layers"]) == ([0, 1], [2, 3])
+    assert first["tokens"] == second["tokens"]
+    assert [a + b for a, b in zip(first["skipped"], second["skipped"], strict=True)] == run.skipped_per_layer
+    assert first["skipped"][2:] == [0, 0]
+    assert second["skipped"][:2] == [0, 0]
 
 
 # Refused where the engine is configured, before anything is loaded: no engine runs ------------------------------------

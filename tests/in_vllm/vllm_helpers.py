@@ -53,8 +53,8 @@ class Engine:
         worker.sedac = gate_model(worker, read_settings(asked, {}))
         return worker.sedac
 
-    def run(self, prompts=None, tokens: int = 8, extra=None):
-        """(new tokens, log-probabilities of the prompt's tokens and of the new ones), a list per prompt."""
+    def run(self, prompts=None, tokens: int = 8, extra=None, lora=None):
+        """(new tokens, log-probabilities of the prompt's tokens and of the new ones), a list per prompt. `lora`: one each."""
         from vllm import SamplingParams
 
         prompts = prompts or PROMPTS
@@ -65,7 +65,8 @@ class Engine:
             )
             for e in extras
         ]
-        done = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        asked = [{"prompt_token_ids": p} for p in prompts]
+        done = self.llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)
         new = [list(r.outputs[0].token_ids) for r in done]
         logprobs = []
         for r, p in zip(done, prompts, strict=True):

@@ -1,0 +1,178 @@
+"""Quantized copies of a tiny model, packed by hand as GPTQ, AWQ, compressed-tensors and FP8 checkpoints are; random weights.
+
+Each function rounds every linear layer of a folder's model, writes a checkpoint that vLLM reads, and, beside it, the rounded
+weights in full precision: what they compute under Hugging Face is what the quantized ones should.
+
+    saved = int8(folder, tmp_path); saved.packed, saved.rounded; rounding_inputs(model, saved)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+GROUP = 32
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+class Saved(NamedTuple):
+    packed: Path
+    rounded: Path
+    activation: Callable[[Tensor], Tensor] | None = None
+    """What becomes of a linear layer's input, if it is quantized too."""
+
+
+def gptq(source: Path, to: Path) -> Saved:
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, scales = int4(weight)
+        groups = scales.shape[1]
+        return {
+            "qweight": packed(codes.T.contiguous(), 0), "scales": scales.T.contiguous().bfloat16(),
+            "qzeros": torch.full((groups, weight.shape[0] // 8), 0x77777777, dtype=torch.int32),  # zero - 1
+            "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
+        }, dequantized(codes, scales.bfloat16().float())  # fmt: skip
+
+    return write(source, to, pack, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True})
+
+
+def awq(source: Path, to: Path) -> Saved:
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        codes, scales = int4(weight)
+        zeros = torch.full((scales.shape[1], weight.shape[0]), 8)
+        return {
+            "qweight": packed(ordered(codes.T), 1), "scales": scales.T.contiguous().bfloat16(),
+            "qzeros": packed(ordered(zeros), 1),
+        }, dequantized(codes, scales.bfloat16().float())  # fmt: skip
+
+    def ordered(values: Tensor) -> Tensor:
+        return values.reshape(values.shape[0], -1, 8)[:, :, AWQ_ORDER].reshape(values.shape)
+
+    return write(source, to, pack, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"})
+
+
+def int8(source: Path, to: Path) -> Saved:
+    """compressed-tensors, int8 weights and int8 activations with a scale per token. Weights use seven of the eight bits: where
+    a CPU multiplies bytes by AVX2, sums of two products of eight bits saturate, in vLLM as in whatever uses oneDNN."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / 63
+        codes = (weight / scale).round().clamp(-63, 63)
+        return {"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale
+
+    def activation(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    saved = write(source, to, pack, compressed("int-quantized", num_bits=8, type="int"))
+    return saved._replace(activation=activation)
+
+
+def fp8(source: Path, to: Path) -> Saved:
+    """compressed-tensors, float8 weights and activations."""
+
+    def pack(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        codes = (weight / scale).to(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale": scale}, codes.float() * scale
+
+    def activation(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True) / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    saved = write(source, to, pack, compressed("float-quantized", num_bits=8, type="float"))
+    return saved._replace(activation=activation)
+
+
+def int4_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of vLLM for CPUs without AVX-512 load GPTQ and AWQ but lack the int4 kernel itself: its product, in torch."""
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel as Kernel
+    from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32 as unpack
+
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+
+    def prepare(self, layer):
+        weight, scales, zeros = self._get_weight_params(layer)
+        codes = unpack(weight.data, self.config.weight_type, 0)
+        groups = codes.shape[0] // scales.shape[0]
+        zero = 8
+        if self.config.zero_points:
+            table = zeros.data.t().contiguous() if zeros.output_dim == 0 else zeros.data
+            zero = unpack(table, self.config.weight_type, 1).repeat_interleave(groups, 0)
+        layer.plain = ((codes - zero) * scales.data.float().repeat_interleave(groups, 0)).to(scales.dtype)
+
+    def apply(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.plain.T, bias)
+
+    monkeypatch.setattr(Kernel, "process_weights_after_loading", prepare)
+    monkeypatch.setattr(Kernel, "apply_weights", apply)
+
+
+KINDS: dict[str, Callable[[Path, Path], Saved]] = {"gptq": gptq, "awq": awq, "int8": int8, "fp8": fp8}
+
+
+def rounding_inputs(model: nn.Module, saved: Saved) -> None:
+    """Have the model's linear layers round their inputs as the quantized ones do."""
+    for name, module in model.named_modules():
+        if name.endswith("_proj") and saved.activation is not None:
+            rounded = saved.activation
+            module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
+
+
+def compressed(form: str, **kind) -> dict:
+    both = {"symmetric": True, **kind}
+    group = {
+        "targets": ["Linear"], "weights": {"strategy": "channel", "dynamic": False, **both},
+        "input_activations": {"strategy": "token", "dynamic": True, **both},
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+    }  # fmt: skip
+
+
+def int4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes 0..15 around 8 [out, in], scales [out, groups])."""
+    grouped = weight.reshape(weight.shape[0], -1, GROUP)
+    scales = grouped.abs().amax(-1) / 7
+    codes = (grouped / scales.bfloat16().float().unsqueeze(-1)).round().clamp(-8, 7) + 8
+    return codes.reshape(weight.shape).long(), scales
+
+
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    return (codes - 8).float() * scales.repeat_interleave(GROUP, 1)
+
+
+def packed(values: Tensor, dim: int) -> Tensor:
+    """Eight 4-bit values to an int32, the first in the lowest bits."""
+    parts = values.unflatten(dim, (-1, 8)).movedim(dim + 1, -1)
+    total = (parts << (4 * torch.arange(8))).sum(-1)
+    return torch.where(total >= 1 << 31, total - (1 << 32), total).to(torch.int32).contiguous()
+
+
+def write(source: Path, to: Path, pack: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]], config: dict) -> Saved:
+    saved = Saved(to / "packed", to / "rounded")
+    for folder in (saved.packed, saved.rounded):
+        shutil.copytree(source, folder)
+    weights = load_file(source / "model.safetensors")
+    whole, quantized = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            continue
+        parts, rounded = pack(weight.float())
+        whole[name] = rounded.to(weight.dtype)
+        del quantized[name]
+        quantized |= {name.removesuffix("weight") + part: value.contiguous() for part, value in parts.items()}
+    save_file(whole, saved.rounded / "model.safetensors", {"format": "pt"})
+    save_file(quantized, saved.packed / "model.safetensors", {"format": "pt"})
+    path = saved.packed / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    return saved
