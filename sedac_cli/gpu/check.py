@@ -130,7 +130,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
-        "--only", help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, norm_route, activate"
+        "--only",
+        help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, norm_route, activate",
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")
