@@ -66,7 +66,13 @@ class Workload:
         assert self.tokenizer is not None
         special = set(self.tokenizer.all_special_ids)
         plain = [token for token in range(self.tokenizer.vocab_size) if token not in special]
-        return self.tokenizer.decode(random.Random(seed).choices(plain, k=length))
+        # Random tokens, read back as text, fall into more tokens than they were: cut until they are no longer too many.
+        text = self.tokenizer.decode(random.Random(seed).choices(plain, k=length))
+        for _ in range(8):
+            if len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) <= length:
+                break
+            text = self._cut(text, length)
+        return text
 
     def _from_text(self, length: int, count: int) -> list[str]:
         if self.tokenizer is None:

@@ -264,7 +264,10 @@ def test_prompts_of_a_file_and_random_ones(tiny, tmp_path):
     assert work(prompts=str(path)).prompts(64, 3) == ["the sea", "an old king ran", "the sea"]
     assert len(tiny.tokenizer(work(prompts=str(path)).prompts(3, 2)[1])["input_ids"]) == 3
     assert work(prompts="synthetic").prompts(16, 2) == work(prompts="synthetic").prompts(16, 2)
-    assert len(set(work(prompts="synthetic").prompts(16, 4))) == 4
+    random = work(prompts="synthetic").prompts(16, 4)
+    assert len(set(random)) == 4
+    # A cache made for 16 must hold them: as drawn, tokens fall into more of them when their text is read again.
+    assert {len(tiny.tokenizer(prompt)["input_ids"]) for prompt in random} == {16}
     path.write_text('{"question": 1}\n')
     with pytest.raises(InputError, match="line 1: expected a string"):
         work(prompts=str(path))
