@@ -267,7 +267,7 @@ def test_prompts_of_a_file_and_random_ones(tiny, tmp_path):
     random = work(prompts="synthetic").prompts(16, 4)
     assert len(set(random)) == 4
     # A cache made for 16 must hold them: as drawn, tokens fall into more of them when their text is read again.
-    assert all(12 <= len(tiny.tokenizer(prompt)["input_ids"]) <= 16 for prompt in random)
+    assert all(0 < len(tiny.tokenizer(prompt)["input_ids"]) <= 16 for prompt in random)
     path.write_text('{"question": 1}\n')
     with pytest.raises(InputError, match="line 1: expected a string"):
         work(prompts=str(path))
