@@ -68,10 +68,10 @@ class Workload:
         plain = [token for token in range(self.tokenizer.vocab_size) if token not in special]
         # Random tokens, read back as text, fall into more tokens than they were: cut until they are no longer too many.
         text = self.tokenizer.decode(random.Random(seed).choices(plain, k=length))
-        for _ in range(8):
+        for fewer in range(length):  # a character cut in two comes back as a mark of several tokens
             if len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) <= length:
                 break
-            text = self._cut(text, length)
+            text = self._cut(text, length - fewer)
         return text
 
     def _from_text(self, length: int, count: int) -> list[str]:
