@@ -321,6 +321,7 @@ def test_a_taken_port_and_nonsense_are_refused_at_once(model):
         serve_vllm(ServeOptions(str(model[1]), port=taken.getsockname()[1]))
     for more, words in (
         ({"gate": "learned:nowhere.pth@0.2"}, "no file"),
+        ({"gate": "newest"}, "no gate 'newest'"),
         ({"settings": {"colour": 1}}, "colour"),
         ({"arguments": ("--additional-config", '{"sedac": {}}')}, "holds 'sedac'"),
         ({"arguments": ("--additional-config", "[")}, "not a JSON object"),
