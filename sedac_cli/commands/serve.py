@@ -95,7 +95,11 @@ def serve(
 
 def refuse_unheeded(model: ModelSpec, limits: dict[str, bool]) -> None:
     """Options that vLLM's server would pass over in silence."""
-    loading = {"--device": model.device != "auto", "--device-map": model.device_map, "--load-in-4bit": model.load_in_4bit}
+    loading = {
+        "--device": model.device != "auto",
+        "--device-map": model.device_map,
+        "--load-in-4bit": model.load_in_4bit,
+    }
     for name, given in (loading | limits).items():
         if given:
             raise UsageError(

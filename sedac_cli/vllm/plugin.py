@@ -50,7 +50,9 @@ def _configuring(original: Any) -> Any:
             if settings is not None:
                 engine.check(config, settings)
         except SedacError as error:  # vLLM prints a traceback, whose last line has no room for what to do
-            logging.getLogger("vllm.sedac").error("sedac: %s%s", error.message, f" ({error.hint})" if error.hint else "")
+            logging.getLogger("vllm.sedac").error(
+                "sedac: %s%s", error.message, f" ({error.hint})" if error.hint else ""
+            )
             raise
         return config
 

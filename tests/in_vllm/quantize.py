@@ -40,7 +40,9 @@ def gptq(source: Path, to: Path) -> Saved:
             "g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // GROUP,
         }, dequantized(codes, scales.bfloat16().float())  # fmt: skip
 
-    return write(source, to, pack, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True})
+    return write(
+        source, to, pack, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
+    )
 
 
 def awq(source: Path, to: Path) -> Saved:
@@ -55,7 +57,9 @@ def awq(source: Path, to: Path) -> Saved:
     def ordered(values: Tensor) -> Tensor:
         return values.reshape(values.shape[0], -1, 8)[:, :, AWQ_ORDER].reshape(values.shape)
 
-    return write(source, to, pack, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"})
+    return write(
+        source, to, pack, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    )
 
 
 def int8(source: Path, to: Path) -> Saved:
@@ -121,9 +125,11 @@ KINDS: dict[str, Callable[[Path, Path], Saved]] = {"gptq": gptq, "awq": awq, "in
 
 def rounding_inputs(model: nn.Module, saved: Saved) -> None:
     """Have the model's linear layers round their inputs as the quantized ones do."""
+    rounded = saved.activation
+    if rounded is None:
+        return
     for name, module in model.named_modules():
-        if name.endswith("_proj") and saved.activation is not None:
-            rounded = saved.activation
+        if name.endswith("_proj"):
             module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
 
 
