@@ -71,7 +71,15 @@ def serve(
     from sedac_cli.vllm import installed
 
     if backend == "vllm" or (backend == "auto" and installed()):
-        serve_with_vllm(out, model, gate, api_key, served_name, host, port, grace, tuple(vllm_options or ()))
+        refuse_unheeded(
+            model,
+            {
+                "--max-queue": max_queue != 64, "--max-batch": max_batch != 8, "--batch-wait": batch_wait != 0.005,
+                "--max-new-tokens": max_new_tokens != 2048, "--request-timeout": request_timeout != 300.0,
+                "--max-body": max_body != 4.0,
+            },
+        )  # fmt: skip
+        serve_with_vllm(out, model, gate, seed, api_key, served_name, host, port, grace, tuple(vllm_options or ()))
         return
     if vllm_options:
         raise UsageError(f"{' '.join(vllm_options)}: options of vLLM, which does not serve here", hint="--backend vllm")
@@ -94,8 +102,23 @@ def serve(
     serve_here(out, model, gate, seed, api_key, served_name, listener, limits, backend == "graph", max_length)
 
 
+def refuse_unheeded(model: ModelSpec, limits: dict[str, bool]) -> None:
+    """Options that vLLM's server would pass over in silence."""
+    loading = {
+        "--device": model.device != "auto",
+        "--device-map": model.device_map,
+        "--load-in-4bit": model.load_in_4bit,
+    }
+    for name, given in (loading | limits).items():
+        if given:
+            raise UsageError(
+                f"{name} is not for vLLM, which serves here",
+                hint="options of `vllm serve` go behind --, such as -- --max-num-seqs 64; --backend eager takes this one",
+            )
+
+
 def serve_with_vllm(
-    out: Output, model: ModelSpec, gate: str, api_key: str | None, name: str | None, host: str, port: int, grace: float,
+    out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, host: str, port: int, grace: float,
     arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
     """vLLM's own server with the plugin on; limits and metrics are vLLM's."""
@@ -112,6 +135,7 @@ def serve_with_vllm(
     options = ServeOptions(
         path,
         gate,
+        settings={"seed": seed} if seed else {},
         host=host,
         port=port,
         api_key=api_key,
@@ -130,14 +154,17 @@ def serve_with_vllm(
                 "workers": served.workers,
             }
         )
+        workers = f"{len(served.workers)} worker{'s have' if len(served.workers) != 1 else ' has'} the gate"
         out.note(
-            f"serving {name or model.ref} with gate {gate} on {served.url} (vLLM {served.vllm}, {len(served.workers)} workers "
-            "have the gate); Ctrl-C stops"
+            f"serving {name or model.ref} with gate {gate} on {served.url} (vLLM {served.vllm}, {workers}); Ctrl-C stops"
         )
+        if host not in LOCAL and api_key is None:
+            out.note("note: this address can be reached from other machines and there is no --api-key")
 
     on_interrupt(None)
     if code := serve_vllm(options, ready, out.note):
         raise typer.Exit(code)
+    out.note("stopped")
 
 
 def serve_here(

@@ -10,7 +10,7 @@ from typing import Any
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.vllm import handshake
 from sedac_cli.vllm.plan import ModelShape, artifacts_digest, build_plan
-from sedac_cli.vllm.requests import DEFAULT, read_wish
+from sedac_cli.vllm.requests import DEFAULT, Wish, read_wish
 from sedac_cli.vllm.settings import KEY, Settings, read_settings, settings_of
 from sedac_cli.vllm.switch import Switch
 from sedac_cli.vllm.worker import check_engine
@@ -72,26 +72,37 @@ def check(config: Any, settings: Settings) -> None:
 def watch_requests() -> None:
     """A request whose `sedac` arguments make no sense is answered with an error, and the engine goes on. One with wishes of its
     own shares cached prefixes only with those that wish the same: keys and values made under skipping are not a dense model's."""
-    from vllm.exceptions import VLLMValidationError  # any other error is the server's fault, and the answer a 500
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-    original = InputProcessor.process_inputs
-    if hasattr(original, "sedac"):
+    process, verify = InputProcessor.process_inputs, SamplingParams._verify_args
+    if hasattr(process, "sedac"):
         return
 
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         wish = DEFAULT
         for value in (*args, *kwargs.values()):
-            extra = getattr(value, "extra_args", None)
-            if extra:
-                try:
-                    wish = read_wish(extra)
-                except UsageError as error:
-                    raise VLLMValidationError(error.message) from None
-        request = original(self, *args, **kwargs)
+            if extra := getattr(value, "extra_args", None):
+                wish = valid_wish(extra)
+        request = process(self, *args, **kwargs)
         if wish != DEFAULT:
             request.cache_salt = f"{request.cache_salt or ''}|sedac {wish}"
         return request
 
+    def verify_args(self: Any) -> None:
+        """Where a server reads a request: once its answer streams, the status is sent and can no longer be 400."""
+        verify(self)
+        valid_wish(self.extra_args)
+
     process_inputs.sedac = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs
+    SamplingParams._verify_args = verify_args
+
+
+def valid_wish(extra_args: Any) -> Wish:
+    from vllm.exceptions import VLLMValidationError  # any other error is the server's fault, and the answer a 500
+
+    try:
+        return read_wish(extra_args)
+    except UsageError as error:
+        raise VLLMValidationError(error.message) from None

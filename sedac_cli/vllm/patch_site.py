@@ -21,7 +21,7 @@ from typing import Any
 
 from sedac_cli import __version__
 from sedac_cli.artifacts.files import make_folder, write_json
-from sedac_cli.errors import InputError, SedacError, UsageError
+from sedac_cli.errors import InputError, SedacError, UsageError, did_you_mean
 from sedac_cli.vllm.patch_source import tree_version
 from sedac_cli.vllm.settings import NAMES, Settings, read_settings
 from sedac_cli.vllm.switch import Switch, environment_place, places, read_switch, user_place
@@ -125,11 +125,17 @@ def absolute_gate(spec: str) -> str:
 
 
 def require_artifacts(settings: Mapping[str, Any]) -> None:
-    """The files the gate is made from are there and are what they say they are; whether they fit a model, vLLM says."""
+    """There is such a gate, and the files it is made from are there and are what they say they are; whether they fit a model,
+    vLLM says."""
+    from sedac_cli.gates.registry import GATES
     from sedac_cli.probes import load_probe, probe_name
+    from sedac_cli.vllm.forced import ForcedGate
     from sedac_cli.vllm.plan import artifact_files
 
     asked = Settings.model_validate({"enabled": True, **settings})
+    known = [*GATES, ForcedGate.name]
+    if asked.gate is not None and (name := asked.gate.partition(":")[0].strip()) not in known:
+        raise UsageError(f"there is no gate '{name}'.{did_you_mean(name, known)}", hint="gates: " + ", ".join(known))
     files = artifact_files(asked)
     if asked.gate is None and len(files) != len(asked.probe_layers):
         there = {path.name for path in files}

@@ -9,6 +9,7 @@ they pass everything through as it is.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from pathlib import Path
@@ -40,12 +41,19 @@ def _configuring(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _asked(self.additional_config):
             return original(self, *args, **kwargs)
+        from sedac_cli.errors import SedacError
         from sedac_cli.vllm import engine
 
-        with engine.settings_for(self, _switch()) as settings:
-            config = original(self, *args, **kwargs)
-        if settings is not None:
-            engine.check(config, settings)
+        try:
+            with engine.settings_for(self, _switch()) as settings:
+                config = original(self, *args, **kwargs)
+            if settings is not None:
+                engine.check(config, settings)
+        except SedacError as error:  # vLLM prints a traceback, whose last line has no room for what to do
+            logging.getLogger("vllm.sedac").error(
+                "sedac: %s%s", error.message, f" ({error.hint})" if error.hint else ""
+            )
+            raise
         return config
 
     create_engine_config.sedac = True  # type: ignore[attr-defined]

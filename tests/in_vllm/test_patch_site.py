@@ -135,6 +135,7 @@ def test_the_command(environment, sedac, tmp_path):
     assert ask("--revert").json["state"] == "off"
     for arguments, code, words in (
         (["--gate", "learned:nowhere.pth@0.2"], 3, "no file"),
+        (["--gate", "alway:2"], 2, "no gate 'alway'"),
         (["--set", "colour=red"], 2, "names:"),
         (["--set", "sinks=-1"], 2, "SEDAC_SINKS"),
         (["--set", f"probe_dir={tmp_path}"], 3, "sedac_probe_layer7.pth"),

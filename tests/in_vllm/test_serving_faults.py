@@ -50,3 +50,11 @@ def test_a_worker_that_dies_ends_the_server(model, serve):  # noqa: F811
     os.kill(worker["pid"], signal.SIGKILL)
     assert server.process.wait(120) == 3
     assert "vLLM stopped by itself" in server.log.read_text()
+
+
+@pytest.mark.parametrize("option", ["--max-queue 3", "--request-timeout 5", "--device cuda", "--load-in-4bit"])
+def test_options_that_vllm_would_pass_over_are_refused(model, sedac, option):  # noqa: F811
+    result = sedac("serve", "--backend", "vllm", "--model", model[1], "--port", 0, *option.split())
+    assert result.code == 2
+    assert option.split()[0] in result.err
+    assert "-- --max-num-seqs" in result.err

@@ -43,9 +43,10 @@ def offline(
         "engine": values, "prompts": prompts, "tokens": tokens, "force": list(force), "gated": sedac is not None,
         "metrics": metrics,
     }  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("offline.py")), json.dumps(options)], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {}), timeout=600, cwd=folder.parent,
+        env=os.environ | {"PYTHONPATH": path} | (environment or {}), timeout=600, cwd=folder.parent,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -80,8 +81,19 @@ def cached_graphs(cache: Path) -> set[str]:
     return {str(path.relative_to(cache)) for path in cache.glob("torch_compile_cache/*/*") if path.is_dir()}
 
 
-def test_speculation_prefix_caching_and_chunked_prefill(model):
+DRAFTS = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+    "suffix": {"method": "suffix", "num_speculative_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_speculation_prefix_caching_and_chunked_prefill(model, drafts):
     """All at once, on prompts that repeat themselves and share their beginnings; verified drafts are decode, not prefill."""
+    if drafts == "suffix":
+        pytest.importorskip(
+            "arctic_inference.suffix_decoding", reason="suffix needs arctic-inference", exc_type=ImportError
+        )
     _, folder, probes = model
     motif = [11, 90, 200, 33, 8, 41]
     prompts = [motif * 12, [*motif * 12, 5, 6], [*motif * 6, 77], [7]]
@@ -89,7 +101,7 @@ def test_speculation_prefix_caching_and_chunked_prefill(model):
     found = offline(
         folder, {"gate": spec}, prompts=prompts, tokens=24, force=(None, None), metrics=True, enable_prefix_caching=True, block_size=32,
         max_num_batched_tokens=32, max_num_seqs=4,
-        speculative_config={"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
+        speculative_config=DRAFTS[drafts],
     )  # fmt: skip
     want, _ = expected(model, spec, prompts, 24)
     assert found["rounds"] == [want, want]  # the second round reads the first one's prefixes
