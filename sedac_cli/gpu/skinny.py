@@ -32,8 +32,8 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int, loop: bool) -> dict[str, int]:
-    """Steps of x asked for ahead, X_AHEAD: a wide x comes from L2, whose latency every step would pay (1 x 18944 -> 3584: 44.4 us
-    without, 33.8 with). Two tiles a block and one round of blocks: half-size blocks (1 x 3584 -> 4608: 11.2 us, now 9.5)."""
+    """Steps of x asked for ahead, X_AHEAD: a wide x comes from L2, whose latency every step would pay (1 x 18944 -> 3584: 44.8 us
+    without, 35.2 with). Two tiles a block and one round of blocks: half-size blocks, twice as many at a time."""
     narrow = per_block == 2 and not loop
     stages, warps = (2 * STAGES, WARPS // 2) if narrow else (STAGES, WARPS)
     return {
