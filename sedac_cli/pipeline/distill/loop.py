@@ -134,6 +134,7 @@ class Loop:
             self.running() as form,
             self._saved_when_interrupted(optimizer),
             show(total=options.steps or round(options.minutes or 0, 2), desc="distill",
+                 initial=self.step if options.steps else round(self.elapsed / 60, 2),
                  unit="step" if options.steps else "min") as bar,
         ):  # fmt: skip
             while True:
