@@ -58,10 +58,6 @@ def distill(
     noise: Annotated[
         float, option("Training", "--noise", min=0, help="Noise on the scores at the start of training.")
     ] = 1.0,
-    hidden_weight: Annotated[
-        float,
-        option("Training", "--hidden-weight", min=0, help="Weight of the last hidden states' distance beside KL."),
-    ] = 0.0,
     spread: Annotated[
         float, option("Training", "--spread", min=0, max=1, help="Share of samples trained at budgets off the target.")
     ] = 0.5,
@@ -126,7 +122,7 @@ def distill(
         gate=gate, target_skip=target_skip, rank=rank, rank_by=rank_by, steps=steps, minutes=minutes, batch_size=batch_size, lr=lr,
         layers=None if layers == "auto" else tuple(parse_layers(layers)),
         checkpoints=tuple(parse_layers(checkpoints)) if checkpoints else None,
-        router_lr=router_lr, router_width=router_width, noise=noise, hidden_weight=hidden_weight, spread=spread, sinks=sinks, seed=seed,
+        router_lr=router_lr, router_width=router_width, noise=noise, spread=spread, sinks=sinks, seed=seed,
         compile=compile,
     )  # fmt: skip
     report = run(load_model(world.place(model)), text, options, save, resume, out.progress(), world)

@@ -39,7 +39,8 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
         dense = [decoder.last_hidden(ids) for ids in batches]
         control.on, control.noise = True, torch.zeros((), device=device)
         rows = []
-        for share in shares:
+        # As long as the training, on a CPU: who watches must see it move.
+        for share in trainer.progress(shares, desc="curve", unit="budget"):
             table = BudgetTable(len(trainer.layers), decoder.num_layers, device, smoothing=0.5)
             table.gain = trainer.table.gain.clone()
             table.table, table.seen, table.usable = trainer.table.table.clone(), 1, trainer.table.usable

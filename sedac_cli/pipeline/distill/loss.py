@@ -30,8 +30,3 @@ def _kl_sum(dense: Tensor, gated: Tensor, decoder: Decoder) -> Tensor:
         target = torch.log_softmax(decoder.head(dense).float(), dim=-1)
     found = torch.log_softmax(decoder.head(gated).float(), dim=-1)
     return torch.nn.functional.kl_div(found, target, reduction="sum", log_target=True)
-
-
-def state_gap(dense: Tensor, gated: Tensor) -> Tensor:
-    """Mean squared distance of the last hidden states, in units of the dense ones' variance."""
-    return (gated.float() - dense.float()).square().mean() / dense.float().var().clamp_min(1e-12)

@@ -25,7 +25,7 @@ from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.distill.blend import NEVER, Control, blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.loop import Loop, LoopOptions
-from sedac_cli.pipeline.distill.loss import kl_loss, state_gap
+from sedac_cli.pipeline.distill.loss import kl_loss
 from sedac_cli.pipeline.distill.scan import gather, harm_scan, skippable, spread_ranks, start
 from sedac_cli.pipeline.world import World
 from sedac_cli.probes import LREProbe
@@ -49,7 +49,6 @@ class DistillOptions(LoopOptions):
     router_width: int = 16
     spread: float = 0.5
     noise: float = 1.0
-    hidden_weight: float = 0.0
     sinks: int = 4
 
     def __post_init__(self) -> None:
@@ -181,8 +180,7 @@ class Trainer(Loop):
         with self.autocast():
             gated = self.decoder.last_hidden(ids)
             loss = kl_loss(dense.flatten(0, 1), gated.flatten(0, 1), self.decoder)
-        gap = state_gap(dense, gated) if self.options.hidden_weight else 0.0
-        (loss + self.options.hidden_weight * gap).backward()
+        loss.backward()
         control.hold_budget()
         scores = control.scores()
         skipped = (scores > control.limit).float().mean() * self.table.ceiling
