@@ -22,18 +22,18 @@ from sedac_cli.gpu.tensors import flat
 
 MAX_SKINNY_ROWS = 64
 FEW_ROWS = 8
-"""Up to here weights are read faster than by cuBLAS: on an H200 an MLP of 3584 x 18944 takes 110 us for one row, not 116."""
+"""Up to here weights are read faster than by cuBLAS, or as fast (benchmarks/results/gpu_decode.json)."""
 WARPS = 16
 STAGES = 4
-"""Steps in flight: 64 KiB a block of 512 threads. On an H200, 1 x 18944 -> 3584: 8 warps 52 us, 16 warps 37 us, cuBLAS 38 us."""
+"""Steps in flight: 64 KiB a block of 512 threads."""
 PENDING = -1
 """A flag that is being decided: a launch with `ready` works on under it, others wait for it."""
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
 def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int, loop: bool) -> dict[str, int]:
-    """Steps of x asked for ahead, X_AHEAD: a wide x comes from L2, whose latency every step would pay (1 x 18944 -> 3584: 44.8 us
-    without, 35.2 with). Two tiles a block and one round of blocks: half-size blocks, twice as many at a time."""
+    """Steps of x asked for ahead, X_AHEAD: a wide x comes from L2, whose latency every step would pay. Two tiles a block and one
+    round of blocks: half-size blocks, twice as many at a time."""
     narrow = per_block == 2 and not loop
     stages, warps = (2 * STAGES, WARPS // 2) if narrow else (STAGES, WARPS)
     return {
@@ -146,7 +146,7 @@ def _launch(
 ) -> None:
     rows = x.shape[0]
     groups = next(count for count in (1, 2, 4, 8) if rows <= 8 * count)
-    # Two tiles a block once one each would be more blocks than run at a time: 1 x 3584 -> 4608 took 14.2 us, now 11.1.
+    # Two tiles a block once one each would be more blocks than run at a time.
     processors = properties(device_index(x.device)).multi_processor_count
     per_block = 2 if not gated and tiles > 2 * processors else 1
     items = -(-tiles // per_block)

@@ -6,13 +6,12 @@ report = distill_ghost(loaded, text, GhostOptions(layers=(18, 19, 20), minutes=2
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from sedac_cli.artifacts.files import folder_lock, make_folder, plain
-from sedac_cli.artifacts.manifest import versions
 from sedac_cli.config import TextSpec
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate, Guards
@@ -64,17 +63,12 @@ def distill_ghost(
             hint="fewer --skip-layers, or shallower ones",
         )
     trainer.run()
-    tokens = trainer.step * options.batch_size * text.max_length * world.size
     rival = _rival(trainer, tuple(sorted(mlps)), train, gate, progress) if options.rival else None
     rows: list[Compared] = []
     if world.main:
         rows = compare(loaded, held, trainer.sample(), gate, begun, trainer.ghost, options.rank, seed=options.seed,
                        rival=rival)  # fmt: skip
-        recipe = {
-            "options": asdict(options), "text": asdict(text), "steps": trainer.step, "tokens": tokens,
-            "seconds": trainer.elapsed, "history": trainer.history, "comparison": plain(rows), "processes": world.size,
-            "versions": versions(),
-        }  # fmt: skip
+        recipe = trainer.recipe(text, comparison=plain(rows))
         with folder_lock(out.parent):
             trainer.ghost.save(out, loaded.identity, recipe)
         out.with_suffix(".training.pt").unlink(missing_ok=True)
@@ -82,7 +76,15 @@ def distill_ghost(
     spent = sum(trainer.ghost.cost_per_token(x) for x in options.layers)
     share = spent / sum(costs.mlp[x] + costs.mixer[x] for x in options.layers)
     return GhostReport(
-        out, options.gate, list(options.layers), trainer.step, tokens, trainer.elapsed, share, len(held), rows
+        out,
+        options.gate,
+        list(options.layers),
+        trainer.step,
+        trainer.tokens(text),
+        trainer.elapsed,
+        share,
+        len(held),
+        rows,
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sedac_cli.artifacts.files import folder_lock, make_folder
 from sedac_cli.artifacts.gates_file import GatesFile
-from sedac_cli.artifacts.manifest import versions
 from sedac_cli.artifacts.thresholds import Thresholds
 from sedac_cli.config import TextSpec
 from sedac_cli.costs import branch_flops
@@ -98,14 +97,9 @@ def distill_given(
     trainer = GivenTrainer(loaded, train, options, gate, open_state(out, resume, world), progress, world)
     begun = {layer: exported(module) for layer, module in trainer.standins.items()}
     trainer.run()
-    tokens = trainer.step * options.batch_size * text.max_length * world.size
     ways = _measured(trainer, held, begun) if world.main else {}
     if world.main:
-        recipe = {
-            "options": asdict(options), "text": asdict(text), "steps": trainer.step, "tokens": tokens,
-            "seconds": trainer.elapsed, "history": trainer.history, "skip_rates": trainer.skip_rates, "ways": ways,
-            "processes": world.size, "versions": versions(),
-        }  # fmt: skip
+        recipe = trainer.recipe(text, skip_rates=trainer.skip_rates, ways=ways)
         probes = {x: exported(p) for x, p in gate.probes.items()} if isinstance(gate, ProbeGate) else {}
         standins = {layer: exported(module, loaded.model.dtype) for layer, module in trainer.standins.items()}
         with folder_lock(out.parent):
@@ -121,7 +115,15 @@ def distill_given(
         for x in layers
     ]
     return GivenReport(
-        out, options.gate, layers, trainer.step, tokens, trainer.elapsed, sum(cost) / len(cost), len(held), ways
+        out,
+        options.gate,
+        layers,
+        trainer.step,
+        trainer.tokens(text),
+        trainer.elapsed,
+        sum(cost) / len(cost),
+        len(held),
+        ways,
     )
 
 

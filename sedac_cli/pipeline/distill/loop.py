@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedac_cli.artifacts.manifest import versions
 from sedac_cli.artifacts.tensors import load_tensors, save_tensors
+from sedac_cli.config import TextSpec
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
@@ -163,6 +165,17 @@ class Loop:
         for p in parameters:
             p.requires_grad_(False)
         self._save(optimizer)
+
+    def tokens(self, text: TextSpec) -> int:
+        """Trained on so far, by all processes."""
+        return self.step * self.settings.batch_size * text.max_length * self.world.size
+
+    def recipe(self, text: TextSpec, **more: Any) -> dict[str, Any]:
+        """How the file was made, as the file says it."""
+        return {
+            "options": asdict(self.settings), "text": asdict(text), "steps": self.step, "tokens": self.tokens(text),
+            "seconds": self.elapsed, "history": self.history, **more, "processes": self.world.size, "versions": versions(),
+        }  # fmt: skip
 
     def shown(self, figures: dict[str, float]) -> str:
         return f"KL {figures['kl']:.4f} nats, skipping {figures['skipped']:.1%}"

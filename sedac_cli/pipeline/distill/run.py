@@ -5,7 +5,7 @@ report = distill(loaded, text, DistillOptions(minutes=8), Path("sedac_data/sedac
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sedac_cli.artifacts.files import folder_lock, make_folder
 from sedac_cli.artifacts.gates_file import GatesFile
-from sedac_cli.artifacts.manifest import versions
 from sedac_cli.config import TextSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
@@ -86,19 +85,7 @@ def distill(
         layer: exported(module.probe if isinstance(module, LatchRouter) else module)
         for layer, module in trainer.routers.items()
     }
-    tokens = trainer.step * options.batch_size * text.max_length * world.size
-    recipe = {
-        "options": asdict(options),
-        "text": asdict(text),
-        "steps": trainer.step,
-        "tokens": tokens,
-        "seconds": trainer.elapsed,
-        "history": trainer.history,
-        "harm": trainer.harm,
-        "ranks": trainer.ranks,
-        "processes": world.size,
-        "versions": versions(),
-    }
+    recipe = trainer.recipe(text, harm=trainer.harm, ranks=trainer.ranks)
     if world.main:
         with folder_lock(out.parent):
             GatesFile(options.gate, loaded.identity, options.sinks, routers, standins, curve, recipe).write(out)
@@ -109,7 +96,7 @@ def distill(
         options.gate,
         list(trainer.layers),
         trainer.step,
-        tokens,
+        trainer.tokens(text),
         trainer.elapsed,
         curve,
         trainer.harm,
