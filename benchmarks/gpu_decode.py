@@ -28,13 +28,13 @@ from sedac_cli.gpu.decode import (  # noqa: E402
     attend,
     attend_scratch,
     norm_route,
+    norm_route_parts,
     norm_route_scratch,
     rms_norm,
-    rotate_and_store,
 )
 from sedac_cli.gpu.packed import PackedMlp  # noqa: E402
 from sedac_cli.gpu.probe import RouterWeights  # noqa: E402
-from sedac_cli.gpu.skinny import skinny_gated, skinny_linear  # noqa: E402
+from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear  # noqa: E402
 
 HIDDEN, WIDE, VOCAB = 3584, 18944, 152064
 HEADS = Heads(28, 4, 128, 128, 128**-0.5)
@@ -86,18 +86,13 @@ def glue(bench: Bench, rows: int, places: int) -> None:
     needs = torch.zeros(1, dtype=torch.int32, device="cuda")
     works = each(lambda r: norm_route(states[0], weight, 1e-6, r, scratch, threshold=0.1, needs=needs), router)
     bench.report(f"norm + router {rows}", bench.measure({"ours": works}), None, "", None)
-    qkv = buffers((rows, HEADS.width), most=8)
+    qkv = buffers((rows, HEADS.width), most=1)
     keys, values = (buffers((rows, HEADS.key, places, HEADS.size), most=56) for _ in range(2))
-    count = min(len(keys), 8)
     cos = torch.ones(rows, HEADS.rotary, dtype=torch.bfloat16, device="cuda")
     slot = torch.tensor([places - 1], device="cuda")
     first = torch.zeros(rows, dtype=torch.long, device="cuda")
     scratch = attend_scratch(rows, HEADS, slot.device)
-    works = each(
-        lambda x, k, v: rotate_and_store(x, HEADS, cos, cos, k, v, slot), qkv[:count], keys[:count], values[:count]
-    )
-    bench.report(f"rotate {rows}", bench.measure({"ours": works}), None, "", None)
-    works = each(lambda k, v: attend(qkv[0], HEADS, k, v, slot, first, scratch), keys, values)
+    works = each(lambda k, v: attend(qkv[0], HEADS, cos, cos, k, v, slot, first, scratch), keys, values)
     floor = bench.read_floor(2 * rows * HEADS.key * places * HEADS.size * 2)
     bench.report(f"attend {rows} x {places}", bench.measure({"ours": works}), floor, "", None)
 
@@ -126,24 +121,31 @@ def chain(bench: Bench, rows: int, places: int) -> None:
         slot, first = torch.tensor([places - 1]), torch.zeros(rows, dtype=torch.long)
         flags = {"on": torch.ones(1, dtype=torch.int32), "off": torch.zeros(1, dtype=torch.int32)}
         routers = [RouterWeights.pack(router_of(HIDDEN, 16, "cuda"), "cuda") for _ in range(layers)]
-        needs = torch.zeros(layers, dtype=torch.int32)
+        marks = torch.zeros(2, layers, dtype=torch.int32)
+        decided = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
     scratch = attend_scratch(rows, HEADS, h.device)
     scratch2 = norm_route_scratch(rows, HIDDEN, h.device)
+    norm = (one, 1e-6, False)
 
-    def step(flag: torch.Tensor | None, routed: bool) -> None:
+    def step(flag: torch.Tensor | None, routed: bool, mlps: bool = True) -> None:
+        if routed:
+            marks.fill_(PENDING)
         for i, w in enumerate(weights):
-            x = rms_norm(h, one, 1e-6)
-            qkv = skinny_linear(x, [w["qkv"]])
-            rotate_and_store(qkv, HEADS, cos, cos, *caches[i], slot)
-            a = attend(qkv, HEADS, *caches[i], slot, first, scratch)
+            qkv = skinny_linear(h, [w["qkv"]], norm=norm)
+            a = attend(qkv, HEADS, cos, cos, *caches[i], slot, first, scratch)
             skinny_linear(a, [w["out"]], residual=h, out=h)
-            need = flag
+            if not mlps:
+                continue
+            need, x, ready = flag, h, None
             if routed:
-                need = needs[i : i + 1]
-                x, _, _ = norm_route(h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need)
-            else:
-                x = rms_norm(h, one, 1e-6)
-            z = skinny_gated(x, w["gate"], w["up"], "silu", need=need, settled=not routed)
+                need, counter = marks[0, i : i + 1], marks[1, i : i + 1]
+                x, _, _ = norm_route(
+                    h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need, decided=decided, ready=counter
+                )
+                ready = counter, PENDING + norm_route_parts(rows, HIDDEN)
+            z = skinny_gated(
+                x, w["gate"], w["up"], "silu", need=need, settled=not routed, ready=ready, norm=None if routed else norm
+            )
             skinny_linear(z, [w["down"]], residual=h, out=h, need=need, settled=True)
 
     mlp = layers * 3 * HIDDEN * WIDE * 2
@@ -151,6 +153,7 @@ def chain(bench: Bench, rows: int, places: int) -> None:
     variants = {
         "ours": (lambda: step(None, False), mlp + rest), "all on": (lambda: step(flags["on"], False), mlp + rest),
         "all off": (lambda: step(flags["off"], False), rest), "routed, on": (lambda: step(None, True), mlp + rest),
+        "no MLPs": (lambda: step(None, False, False), rest),
     }  # fmt: skip
     samples = bench.measure({name: [work] for name, (work, _) in variants.items()})
     bench.report(f"{layers} layers, {rows} rows, {places} places", samples, bench.read_floor(mlp + rest), "", None)

@@ -29,10 +29,10 @@ LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "
 
 
 def architectures(chosen: Sequence[str], constants: dict[str, int]) -> list[str]:
-    """Where a form runs: warpgroup products are Hopper's alone."""
+    """Where a form runs: warpgroup products are Hopper's alone, clusters came with it."""
     if "CLUSTER" in constants:
         return ["sm_90a"] if "sm_90" in chosen else []
-    return list(chosen)
+    return [arch for arch in chosen if "CLUSTERED" not in constants or arch in ("sm_90", "sm_100")]
 
 
 def forms() -> Iterator[tuple[str, dict[str, int]]]:
@@ -57,15 +57,17 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     for t, nt, gated in product((1, 2), (1, 2, 4, 8), (0, 1)):
         for act in (1, 2, 3) if gated else (0, 1):
             for per_block, loop in product((1,) if gated else (1, 2), (False, True)):
-                yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop)
+                for x_source in (0, 1, 2) if nt == 1 else (0,):
+                    for races in (False, True) if gated and x_source < 2 else (False,):
+                        yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop, x_source, races)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
         yield "decode", {"T": t, "ENTRY": 1}
-        yield "decode", {"T": t, "ENTRY": 2}
         for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
             heads = Heads(group, 1, size, size, 1.0)
-            yield "decode", attend_constants(t, 2 if t else 4, heads, 1, 4096, 132)
+            for places in (4096, 256, 1024):
+                yield "decode", attend_constants(t, 2 if t else 4, heads, 1, places, 132, True)
     for t, units in product(range(3), (8, 24, 72)):
         yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units}
         yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
@@ -82,7 +84,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
     if family == "decode":
-        return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 3 else 0
+        return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 2 else 0
     if family == "skinny":
         return skinny_bytes(constants)
     if family == "entropy":

@@ -28,6 +28,8 @@ KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
 SHARED_SOURCES = ("primitives.cuh", "common.cuh")
 OWN = {"entropy": ("entropy_state.cuh",)}
+PORTABLE_CLUSTER = 8
+"""Blocks of a cluster that every chip with clusters takes; more must be asked for."""
 OPTIONS = ("-std=c++17", "-ftz=true")
 MAX_ROWS = 32768
 """Rows (or tiles of rows) one launch may count."""
@@ -154,7 +156,14 @@ def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], in
         fixed = kernel.shared_size_bytes
         refuse_shared(f"{family}.{entry} {values}", fixed, shared, found.shared_memory_per_block_optin)
         if fixed + shared > DEFAULT_SHARED:  # the limit is on the sum: 48 KiB asked for at launch are already too much
-            kernel.max_dynamic_shared_size_bytes = shared
+            # Equal sources share one function and its limit, whatever each asks for: all a block may have.
+            kernel.max_dynamic_shared_size_bytes = found.shared_memory_per_block_optin - fixed
+        if values.get("CLUSTERED") and values["SPLITS"] > PORTABLE_CLUSTER:
+            driver: Any = importlib.import_module("cuda.bindings.driver")
+            allowed = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            (status,) = driver.cuFuncSetAttribute(driver.CUfunction(kernel.kernel.ptr), allowed, 1)
+            if int(status):
+                raise RuntimeError(f"clusters of {values['SPLITS']} blocks: {status}")
     log.debug("%s.%s %s: %d registers", family, entry, values, registers)
     return kernel
 

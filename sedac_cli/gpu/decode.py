@@ -1,11 +1,10 @@
-"""What a decode step does between its matrices, one launch each: RMSNorm, rotary positions with the cache write, attention.
+"""What a decode step does between its matrices, one launch each: RMSNorm; rotary positions, cache write and attention.
 
 Float32, float16 and bfloat16; head sizes divisible by 16 up to 256; up to 16 query heads per key head. Positions and lengths
 are read on the device, so one captured step serves every position.
 
     x = rms_norm(h, weight, 1e-6)
-    rotate_and_store(qkv, heads, cos, sin, keys, values, slot)
-    a = attend(qkv, heads, keys, values, slot, first, scratch)
+    a = attend(qkv, heads, cos, sin, keys, values, slot, first, scratch)
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from sedac_cli.gpu.tensors import MASK, Number, flat, number
 SLICE = 256
 """Elements of a row that a block of norm_route multiplies with the router."""
 MAX_HEAD, MAX_GROUP = 256, 16
+MAX_CLUSTER, MOST_TILES = 16, 4
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     """[M, H] -> [M, H]. `plus_one`: the weight is stored less one, and applied before rounding (Gemma)."""
     out = torch.empty_like(x) if out is None else out
     if x.shape[0]:
-        threads = 128 if x.shape[1] <= 1024 else 512
         launch(
-            "decode", "rms_norm", {"T": kind(x, "x"), "ENTRY": 1}, x.device, early=True, grid=(x.shape[0],),
-            threads=threads,
+            "decode", "rms_norm", {"T": kind(x, "x"), "ENTRY": 1}, x.device, early=True, grid=(x.shape[0],), threads=256,
             args=[
                 x, I64(x.stride(0)), I32(x.shape[1]), flat(weight, "weight", x.shape[1], x.device, x.dtype), F32(eps),
                 I32(int(plus_one)), out, I64(out.stride(0)),
@@ -72,37 +70,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     return out
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    heads: Heads,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slot: Tensor,
-    norms: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-) -> None:
-    """Rotate q of [M, q + k + v] in place; k, rotated, and v go to place `slot` of [M, key heads, places, size]."""
-    q_norm, k_norm = norms or (None, None)
-    table = heads.rotary
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        flat(tensor, name, qkv.shape[0] * table, qkv.device, qkv.dtype)
-    launch(
-        "decode", "rotate", {"T": kind(qkv, "qkv"), "ENTRY": 2}, qkv.device, early=True,
-        grid=(heads.query + 2 * heads.key, qkv.shape[0]), threads=64 if heads.size <= 64 else 128,
-        args=[
-            qkv, I64(qkv.stride(0)), I32(heads.query), I32(heads.key), I32(heads.size), I32(table), cos, sin, q_norm, k_norm,
-            F32(eps), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), flat(slot, "slot", 1, qkv.device, torch.int64),
-        ],
-    )  # fmt: skip
-
-
-def attend_constants(element: int, size: int, heads: Heads, rows: int, places: int, processors: int) -> dict[str, int]:
-    """`size`: bytes of an element. As many shares as give every multiprocessor two blocks."""
+def attend_constants(
+    element: int, size: int, heads: Heads, rows: int, places: int, processors: int, clusters: bool = False
+) -> dict[str, int]:
+    """`size`: bytes of an element. As many shares as give every multiprocessor two blocks. With clusters, the blocks of a group are
+    one where that leaves none more than MOST_TILES tiles of keys: what it saves is memory between them, 2 us a layer."""
     keys = 32 if heads.size * size <= 512 else 16
     splits = max(1, min(32, -(-places // keys), 2 * processors // (rows * heads.key)))
-    return {"T": element, "ENTRY": 3, "D": heads.size, "G": heads.group, "KEYS": keys, "SPLITS": splits}
+    constants = {"T": element, "ENTRY": 2, "D": heads.size, "G": heads.group, "KEYS": keys, "SPLITS": splits}
+    together = 1 << min(splits, MAX_CLUSTER).bit_length() - 1
+    if clusters and together > 1 and places <= MOST_TILES * keys * together:
+        constants |= {"SPLITS": together, "CLUSTERED": 1}
+    return constants
 
 
 def attend_bytes(constants: dict[str, int], size: int) -> int:
@@ -117,30 +96,42 @@ def attend_scratch(rows: int, heads: Heads, device: torch.device) -> Tensor:
 
 
 def attend(
-    q: Tensor,
+    qkv: Tensor,
     heads: Heads,
+    cos: Tensor,
+    sin: Tensor,
     keys: Tensor,
     values: Tensor,
     slot: Tensor,
     first: Tensor,
     scratch: Tensor,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """[M, query heads x size]: row m over places first[m]..slot of the cache (its last `window` of them, if there is one)."""
-    rows, places = q.shape[0], keys.shape[2]
+    """[M, query heads x size]: row m over places first[m]..slot of the cache (its last `window` of them, if there is one).
+
+    k of [M, q + k + v], rotated, and v go to place `slot` of [M, key heads, places, size] first. `norms`: weights of an RMSNorm over
+    each head of q and of k, before the rotation. cos, sin, slot and first are read before the launch just ahead has ended."""
+    rows, places = qkv.shape[0], keys.shape[2]
     shape = (rows, heads.query * heads.size)
-    out = torch.empty(shape, dtype=q.dtype, device=q.device) if out is None else out
-    processors = properties(device_index(q.device)).multi_processor_count
-    constants = attend_constants(kind(q, "q"), q.element_size(), heads, rows, places, processors)
+    out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
+    machine = properties(device_index(qkv.device))
+    constants = attend_constants(
+        kind(qkv, "qkv"), qkv.element_size(), heads, rows, places, machine.multi_processor_count, machine.major >= 9
+    )
     if scratch.numel() < rows * heads.key * constants["SPLITS"] * heads.group * (heads.size + 2):
         raise ValueError(f"scratch of {scratch.numel()} floats is too small for {rows} rows")
+    for name, table in (("cos", cos), ("sin", sin)):
+        flat(table, name, rows * heads.rotary, qkv.device, qkv.dtype)
     launch(
-        "decode", "attend", constants, q.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=256,
-        shared=attend_bytes(constants, q.element_size()),
+        "decode", "attend", constants, qkv.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=256,
+        shared=attend_bytes(constants, qkv.element_size()),
         args=[
-            q, I64(q.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),
-            flat(slot, "slot", 1, q.device, torch.int64), flat(first, "first", rows, q.device, torch.int64),
-            I32(heads.window), F32(heads.scale), F32(heads.softcap), scratch, counters(q.device), out, I64(out.stride(0)),
+            qkv, I64(qkv.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),
+            flat(slot, "slot", 1, qkv.device, torch.int64), flat(first, "first", rows, qkv.device, torch.int64),
+            I32(heads.window), F32(heads.scale), F32(heads.softcap), I32(heads.rotary), cos, sin, *(norms or (None, None)),
+            F32(eps), scratch, counters(qkv.device), out, I64(out.stride(0)),
         ],
     )  # fmt: skip
     return out

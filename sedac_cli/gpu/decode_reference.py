@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sedac_cli.gpu.decode import Heads
+from sedac_cli.gpu.skinny import RowNorm
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -36,10 +37,12 @@ def skinny_linear(
     out: Tensor | None = None,
     need: Tensor | None = None,
     when: bool = True,
+    norm: RowNorm | None = None,
 ) -> Tensor:
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights)) if out is None else out
     if idle(need, when):
         return out
+    x = x if norm is None else rms_norm(x, *norm)
     given = list(biases or []) or [None] * len(weights)
     y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=-1)
     y = activate(y, activation)
@@ -56,10 +59,12 @@ def skinny_gated(
     out: Tensor | None = None,
     need: Tensor | None = None,
     when: bool = True,
+    norm: RowNorm | None = None,
 ) -> Tensor:
     out = x.new_empty(x.shape[0], gate.shape[0]) if out is None else out
     if idle(need, when):
         return out
+    x = x if norm is None else rms_norm(x, *norm)
     first, second = biases or (None, None)
     return out.copy_(activate(functional.linear(x, gate, first), activation) * functional.linear(x, up, second))
 
@@ -71,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     return y if out is None else out.copy_(y)
 
 
-def rotate_and_store(
+def attend(
     qkv: Tensor,
     heads: Heads,
     cos: Tensor,
@@ -79,10 +84,13 @@ def rotate_and_store(
     keys: Tensor,
     values: Tensor,
     slot: Tensor,
+    first: Tensor,
+    scratch: Tensor | None = None,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
-) -> None:
-    rows = qkv.shape[0]
+    out: Tensor | None = None,
+) -> Tensor:
+    rows, places = qkv.shape[0], keys.shape[2]
     split = (heads.query * heads.size, heads.key * heads.size, heads.key * heads.size)
     q, k, v = (part.view(rows, -1, heads.size) for part in qkv.split(split, dim=-1))
     if norms is not None:
@@ -95,29 +103,15 @@ def rotate_and_store(
         turned = torch.cat([-part[..., half:], part[..., :half]], dim=-1)
         return torch.cat([part * cos + turned * sin, rest], dim=-1)
 
-    qkv[:, : split[0]] = rotated(q).reshape(rows, -1)
     keys.index_copy_(2, slot.view(1), rotated(k).unsqueeze(2))
-    values.index_copy_(2, slot.view(1), v.unsqueeze(2).clone())
-
-
-def attend(
-    q: Tensor,
-    heads: Heads,
-    keys: Tensor,
-    values: Tensor,
-    slot: Tensor,
-    first: Tensor,
-    scratch: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    rows, places = q.shape[0], keys.shape[2]
-    query = q[:, : heads.query * heads.size].reshape(rows, heads.key, heads.group, heads.size).float()
+    values.index_copy_(2, slot.view(1), v.unsqueeze(2))
+    query = rotated(q).reshape(rows, heads.key, heads.group, heads.size).float()
     scores = query @ keys.float().transpose(-1, -2) * heads.scale
     if heads.softcap:
         scores = torch.tanh(scores / heads.softcap) * heads.softcap
-    place = torch.arange(places, device=q.device)
+    place = torch.arange(places, device=qkv.device)
     begin = first if not heads.window else torch.maximum(first, slot + 1 - heads.window)
     seen = (place >= begin.view(-1, 1)) & (place <= slot)
     weights = torch.softmax(scores.masked_fill(~seen.view(rows, 1, 1, places), float("-inf")), dim=-1)
-    y = (weights @ values.float()).reshape(rows, -1).to(q.dtype)
+    y = (weights @ values.float()).reshape(rows, -1).to(qkv.dtype)
     return y if out is None else out.copy_(y)

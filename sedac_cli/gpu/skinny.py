@@ -3,9 +3,10 @@
 Rows 1..64, float16 and bfloat16, a hidden width divisible by 8. `need` (int32, one entry, on the device) makes the launch
 conditional: with when=True it works iff need != 0, with when=False iff need == 0. `settled`: the launch just ahead does not
 write `need`, so weights may be asked for before it has ended. What is not computed is not touched, so a
-gated MLP that adds to the residual in place costs nothing when it is skipped.
+gated MLP that adds to the residual in place costs nothing when it is skipped. `norm`: x goes through this RMSNorm first, within
+the launch where its rows fit in shared memory.
 
-    y = skinny_linear(x, [q, k, v], [bq, bk, bv])
+    y = skinny_linear(x, [q, k, v], [bq, bk, bv], norm=(weight, 1e-6, False))
     z = skinny_gated(x, gate, up, "silu", need=flag)
     skinny_linear(z, [down], residual=h, out=h, need=flag)
 """
@@ -13,11 +14,13 @@ gated MLP that adds to the residual in place costs nothing when it is skipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.compile import I32, I64, device_index, kind, launch, properties
+from sedac_cli.gpu.compile import F32, I32, I64, device_index, kind, launch, properties
+from sedac_cli.gpu.decode import rms_norm
 from sedac_cli.gpu.tensors import flat
 
 MAX_SKINNY_ROWS = 64
@@ -28,25 +31,45 @@ STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads."""
 PENDING = -1
 """A flag that is being decided: a launch with `ready` works on under it, others wait for it."""
+RowNorm = tuple[Tensor, float, bool]
+"""Weight, epsilon, and whether the weight is stored less one."""
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
-def skinny_constants(element: int, tiles: int, gated: bool, act: int, per_block: int, loop: bool) -> dict[str, int]:
-    """Steps of x asked for ahead, X_AHEAD: a wide x comes from L2, whose latency every step would pay. Two tiles a block and one
-    round of blocks: half-size blocks, twice as many at a time."""
+def skinny_constants(
+    element: int,
+    tiles: int,
+    gated: bool,
+    act: int,
+    per_block: int,
+    loop: bool,
+    x_source: int = 0,
+    races: bool = False,
+) -> dict[str, int]:
+    """`x_source`: 0 memory, 1 shared memory, 2 the same through a norm. From memory steps of x are asked for ahead, X_AHEAD: a wide
+    x comes from L2, whose latency every step would pay. Two tiles a block and one round of blocks: half-size blocks, twice as
+    many at a time."""
     narrow = per_block == 2 and not loop
     stages, warps = (2 * STAGES, WARPS // 2) if narrow else (STAGES, WARPS)
+    direct = x_source or tiles > 2 or (per_block == 2 and loop)
     return {
         "T": element, "NT": tiles, "TILES": per_block, "GATED": int(gated), "ACT": act,
-        "STAGES": max(2, stages // (2 if gated else per_block)), "X_AHEAD": 0 if tiles > 2 else 2 if narrow else 1,
-        "WARPS": warps, "LOOP": int(loop),
+        "STAGES": max(2, stages // (2 if gated else per_block)), "X_AHEAD": 0 if direct else 2 if narrow else 1,
+        "WARPS": warps, "LOOP": int(loop), "XS": x_source, "RACES": int(races),
     }  # fmt: skip
 
 
-def skinny_bytes(constants: dict[str, int]) -> int:
-    """Shared memory that holds what is in flight."""
+def skinny_bytes(constants: dict[str, int], x_bytes: int = 0) -> int:
+    """Shared memory that holds what is in flight and, after it, rows of x."""
     per_step = 2 * (2 if constants["GATED"] else constants["TILES"])
-    return constants["STAGES"] * per_step * 32 * constants["WARPS"] * 16
+    return constants["STAGES"] * per_step * 32 * constants["WARPS"] * 16 + (x_bytes if constants["XS"] else 0)
+
+
+def room_for_x(constants: dict[str, int], per_processor: int) -> int:
+    """Bytes of x that fit beside the rest, two blocks to a multiprocessor."""
+    matrices = 2 if constants["GATED"] else constants["TILES"]
+    sums = constants["WARPS"] * matrices * min(2, constants["NT"]) * 512 + 256
+    return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
 
 
 def fits_skinny(x: Tensor) -> bool:
@@ -74,6 +97,7 @@ def skinny_linear(
     need: Tensor | None = None,
     when: bool = True,
     settled: bool = False,
+    norm: RowNorm | None = None,
 ) -> Tensor:
     """[M, K] -> [M, sum of rows]: act(x W^T + b) of up to three matrices side by side, plus the residual."""
     _check(x, weights)
@@ -85,9 +109,8 @@ def skinny_linear(
     if residual is not None:
         _check_rows(residual, "residual", x.shape[0], sum(rows), x)
     given = list(biases or [])
-    _launch(
-        x, weights, given, sum(-(-n // 16) for n in rows), False, activation, residual, out, need, when, settled,
-    )  # fmt: skip
+    job = _Job(x, weights, given, sum(-(-n // 16) for n in rows), out, activation, residual, norm)
+    job.launch(need, when, settled)
     return out
 
 
@@ -103,71 +126,78 @@ def skinny_gated(
     when: bool = True,
     settled: bool = False,
     ready: tuple[Tensor, int] | None = None,
+    racing: bool = False,
+    norm: RowNorm | None = None,
 ) -> Tensor:
     """[M, K] -> [M, N]: act(x gate^T) * (x up^T), both [N, K].
 
     `ready`: a counter, and the value it has once the launch just ahead has written x. That launch goes on to write `need`, which was
-    PENDING before, and the work runs beside it."""
+    PENDING before, and the work runs beside it. `racing`: the same where x was there before that launch began."""
     _check(x, [gate, up])
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
+    if norm is not None and (ready is not None or racing):
+        raise ValueError("a launch that races its decision takes x as it is")
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     _check_rows(out, "out", x.shape[0], gate.shape[0], x)
-    _launch(
-        x,
-        [gate, up],
-        list(biases or []),
-        -(-gate.shape[0] // 16),
-        True,
-        activation,
-        None,
-        out,
-        need,
-        when,
-        settled,
-        ready,
-    )
+    job = _Job(x, [gate, up], list(biases or []), -(-gate.shape[0] // 16), out, activation, norm=norm, gated=True)
+    job.launch(need, when, settled, ready, racing)
     return out
 
 
-def _launch(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    tiles: int,
-    gated: bool,
-    activation: str,
-    residual: Tensor | None,
-    out: Tensor,
-    need: Tensor | None,
-    when: bool,
-    settled: bool,
-    ready: tuple[Tensor, int] | None = None,
-) -> None:
-    rows = x.shape[0]
-    groups = next(count for count in (1, 2, 4, 8) if rows <= 8 * count)
-    # Two tiles a block once one each would be more blocks than run at a time.
-    processors = properties(device_index(x.device)).multi_processor_count
-    per_block = 2 if not gated and tiles > 2 * processors else 1
-    items = -(-tiles // per_block)
-    if ready is not None and properties(device_index(x.device)).major < 9:
-        ready = None  # no launch begins before the one ahead has ended
-    counter, parts = ready or (None, 0)
-    constants = skinny_constants(
-        kind(x, "x"), groups, gated, ACTIVATIONS[activation], per_block, items > 2 * processors
-    )
-    w: list[Tensor | None] = [*weights, *[None] * (3 - len(weights))]
-    b: list[Tensor | None] = [*biases, *[None] * (3 - len(biases))]
-    n = [I32(0 if one is None else one.shape[0]) for one in w]
-    launch(
-        "skinny", "skinny", constants, x.device, early=True, grid=(min(items, 2 * processors),), threads=32 * constants["WARPS"], shared=skinny_bytes(constants),
-        args=[
-            x, I64(x.stride(0)), I32(rows), I32(x.shape[1]), *w, *b, *n,
-            residual, I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
-            flat(need, "need", 1, x.device, torch.int32), I32(int(when)),
-            I32(2 if ready else int(settled)), I32(items), flat(counter, "ready", 1, x.device, torch.int32), I32(parts),
-        ],
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Job:
+    x: Tensor
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    tiles: int
+    out: Tensor
+    activation: str
+    residual: Tensor | None = None
+    norm: RowNorm | None = None
+    gated: bool = False
+
+    def launch(
+        self,
+        need: Tensor | None,
+        when: bool,
+        settled: bool,
+        ready: tuple[Tensor, int] | None = None,
+        racing: bool = False,
+    ) -> None:
+        x, residual, norm, out = self.x, self.residual, self.norm, self.out
+        found = properties(device_index(x.device))
+        races = need is not None and (racing or ready is not None) and found.major >= 9
+        if not races:
+            ready = None  # before Hopper no launch begins before the one ahead has ended
+        rows, width = x.shape
+        groups = next(count for count in (1, 2, 4, 8) if rows <= 8 * count)
+        # Two tiles a block once one each would be more blocks than run at a time.
+        most = 2 * found.multi_processor_count
+        per_block = 2 if not self.gated and self.tiles > most else 1
+        items = -(-self.tiles // per_block)
+        form = (kind(x, "x"), groups, self.gated, ACTIVATIONS[self.activation], per_block, items > most)
+        x_bytes = rows * (width * x.element_size() + 64)
+        fits = rows <= 8 and x_bytes <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
+        if norm is not None and (not fits or norm[0].data_ptr() % 16):
+            x, norm = rms_norm(x, *norm), None
+        constants = skinny_constants(*form, x_source=0 if not fits else 1 if norm is None else 2, races=races)
+        w: list[Tensor | None] = [*self.weights, *[None] * (3 - len(self.weights))]
+        b: list[Tensor | None] = [*self.biases, *[None] * (3 - len(self.biases))]
+        n = [I32(0 if one is None else one.shape[0]) for one in w]
+        counter, parts = ready or (None, 0)
+        weight, eps, plus_one = norm or (None, 0.0, False)
+        launch(
+            "skinny", "skinny", constants, x.device, early=True, grid=(min(items, most),), threads=32 * constants["WARPS"],
+            shared=skinny_bytes(constants, x_bytes),
+            args=[
+                x, I64(x.stride(0)), I32(rows), I32(width), *w, *b, *n,
+                residual, I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
+                flat(need, "need", 1, x.device, torch.int32), I32(int(when)), I32(int(settled)), I32(items),
+                flat(counter, "ready", 1, x.device, torch.int32), I32(parts), flat(weight, "norm", width, x.device, x.dtype),
+                F32(eps), I32(int(plus_one)),
+            ],
+        )  # fmt: skip
 
 
 def _check(x: Tensor, weights: Sequence[Tensor]) -> None:

@@ -162,45 +162,49 @@ def test_norm(dtype, rows, width, plus_one):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(
     "heads",
-    [Heads(28, 4, 128, 128, 0.1), Heads(6, 2, 64, 32, 0.1), Heads(4, 4, 80, 80, 0.1), Heads(8, 1, 256, 256, 0.1)],
-)
-@pytest.mark.parametrize("normed", [False, True])
-def test_rotate(dtype, heads, normed):
-    rows, places = 3, 40
-    qkv = random(rows, heads.width, dtype=dtype)
-    angle = torch.rand(rows, heads.rotary, device="cuda") * 6
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    norms = tuple(random(heads.size, dtype=dtype) for _ in range(2)) if normed else None
-    slot = torch.tensor([17], device="cuda")
-    caches = [torch.zeros(rows, heads.key, places, heads.size, dtype=dtype, device="cuda") for _ in range(4)]
-    twin = qkv.clone()
-    decode.rotate_and_store(qkv, heads, cos, sin, caches[0], caches[1], slot, norms, 1e-6)
-    decode_reference.rotate_and_store(twin, heads, cos, sin, caches[2], caches[3], slot, norms, 1e-6)
-    close("q", qkv[:, : heads.query * heads.size], twin[:, : heads.query * heads.size].float())
-    close("keys", caches[0], caches[2].float())
-    assert torch.equal(caches[1], caches[3])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(
-    "heads",
     [
-        Heads(28, 4, 128, 128, 128**-0.5), Heads(6, 2, 64, 64, 0.125), Heads(16, 1, 256, 256, 0.06),
+        Heads(28, 4, 128, 128, 128**-0.5), Heads(6, 2, 64, 32, 0.125), Heads(16, 1, 256, 256, 0.06),
         Heads(4, 4, 80, 80, 0.1, softcap=5.0), Heads(8, 2, 128, 128, 0.09, window=100), Heads(3, 3, 16, 16, 0.25),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("slot", [0, 5, 127, 128, 700])
-def test_attend(dtype, heads, slot):
+@pytest.mark.parametrize("slot", [0, 5, 31, 32, 127, 128, 700])
+@pytest.mark.parametrize("normed", [False, True])
+def test_attend(dtype, heads, slot, normed):
     rows, places = 4, 720
-    q = random(rows, heads.width, dtype=dtype)
+    qkv = random(rows, heads.width, dtype=dtype)
+    angle = torch.rand(rows, heads.rotary, device="cuda") * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    norms = tuple(1 + random(heads.size, dtype=dtype, scale=0.1) for _ in range(2)) if normed else None
     keys, values = (random(rows, heads.key, places, heads.size, dtype=dtype) for _ in range(2))
+    twins, before = (keys.clone(), values.clone()), qkv.clone()
     at = torch.tensor([slot], device="cuda")
     first = torch.tensor([0, slot // 3, slot, slot // 2], device="cuda")
-    scratch = decode.attend_scratch(rows, heads, q.device)
+    scratch = decode.attend_scratch(rows, heads, qkv.device)
     scratch.fill_(float("nan"))
-    found = decode.attend(q, heads, keys, values, at, first, scratch)
-    expected = decode_reference.attend(q.float(), heads, keys.float(), values.float(), at, first)
-    close(f"slot {slot}", found, expected)
+    found = decode.attend(qkv, heads, cos, sin, keys, values, at, first, scratch, norms, 1e-6)
+    expected = decode_reference.attend(qkv, heads, cos, sin, *twins, at, first, None, norms, 1e-6)
+    close("keys", keys, twins[0].float())
+    assert torch.equal(values, twins[1])
+    assert torch.equal(qkv, before)
+    close(f"slot {slot}", found, expected.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize(("width", "size"), [(104, 17), (3584, 4608), (3584, 40), (8192, 300), (384, 9000)])
+def test_a_norm_within_a_launch_is_the_norm_to_the_bit(dtype, rows, plus_one, width, size):
+    """Then what is normed in a launch of its own (a router needs it) and what is not are one model."""
+    x, weight = random(rows, width, dtype=dtype, scale=3), random(width, dtype=dtype)
+    matrix, up = (random(size, width, dtype=dtype, scale=width**-0.5) for _ in range(2))
+    norm = (weight, 1e-6, plus_one)
+    y = decode.rms_norm(x, *norm)
+    assert torch.equal(skinny_linear(x, [matrix], norm=norm), skinny_linear(y, [matrix]))
+    assert torch.equal(skinny_gated(x, matrix, up, "silu", norm=norm), skinny_gated(y, matrix, up, "silu"))
+    router = RouterWeights.pack(router_of(width, 16, "cuda"), "cuda")
+    scratch = decode.norm_route_scratch(rows, width, x.device)
+    routed, _, _ = decode.norm_route(x, weight, 1e-6, router, scratch, threshold=0.0, plus_one=plus_one)
+    assert torch.equal(routed, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

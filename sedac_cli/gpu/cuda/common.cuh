@@ -78,6 +78,30 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
 
 #ifdef T
 __device__ __forceinline__ float rounded(float x) { return widen<T>(narrow<T>(x)); }
+
+// An RMSNorm's squares are summed by its first 256 threads, 16 bytes at a time, whichever kernel does it: the same row then gets
+// the same scale to the bit. `load(i)`: 16 bytes from element i on.
+#define NORM_THREADS 256
+template <class Load>
+__device__ __forceinline__ float norm_scale(int width, float eps, float* shared, Load load) {
+  constexpr int N = Vec<T>::N;
+  float square = 0.0f;
+  if (threadIdx.x < NORM_THREADS) {
+#pragma unroll 2
+    for (int i = threadIdx.x * N; i < width; i += NORM_THREADS * N) {
+      float v[N];
+      unpack<T>(load(i), v);
+#pragma unroll
+      for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
+    }
+  }
+  return rsqrtf(block_sum(square, shared) / width + eps);
+}
+
+// `plus_one`: (1 + weight), all in float32, rounded once (Gemma); otherwise rounded before the weight.
+__device__ __forceinline__ float normed(float value, float scale, float weight, int plus_one) {
+  return plus_one ? value * scale * (1.0f + weight) : rounded(value * scale) * weight;
+}
 #endif
 
 // True, in every thread, for the block that arrives last of `expected`; all that the others wrote before is then visible.

@@ -1,110 +1,58 @@
-// What a decode step does between its matrices: RMSNorm, rotary positions and the cache, attention over the cache.
-// Constants: T, ENTRY (1 norm, 2 rotate, 3 attend); `attend`: D (head size), G (query heads per key head),
-// KEYS, SPLITS (both up to 32).
+// What a decode step does between its matrices: RMSNorm, and attention with rotary positions over the cache.
+// Constants: T, ENTRY (1 norm, 2 attend); `attend`: D (head size), G (query heads per key head), KEYS, SPLITS (both up to 32),
+// CLUSTERED (1: the SPLITS blocks of a group, up to 16, are a cluster).
 
 typedef Elem<T>::raw raw;
 
 #if ENTRY == 1
-// One block per row. `plus_one`: (1 + weight), all in float32, rounded once (Gemma); otherwise rounded before the weight.
-// The weight depends on nothing: it is on its way while the launch ahead still runs. HELD vectors of both stay in registers.
+// One block of NORM_THREADS per row. The weight depends on nothing: it is on its way while the launch ahead still runs. HELD
+// vectors of both stay in registers.
 #define HELD 2
 extern "C" __global__ void rms_norm(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride) {
   __shared__ float shared[32];
   const raw* p = x + blockIdx.x * x_stride;
   raw* o = out + blockIdx.x * out_stride;
-  constexpr int N = Vec<T>::N;
-  const int stride = blockDim.x * N, begin = threadIdx.x * N;
+  constexpr int N = Vec<T>::N, STRIDE = NORM_THREADS * N;
+  const int begin = threadIdx.x * N;
   const bool aligned = (((u64)p | (u64)o | (u64)weight) & 15) == 0;
-  float w[HELD][N], v[HELD][N];
+  auto weight_at = [&](int i) { return load_vec<T>(weight + i, width - i, aligned); };
+  uint4 w[HELD], v[HELD];
 #pragma unroll
   for (int h = 0; h < HELD; ++h)
-    if (begin + h * stride < width) unpack<T>(load_vec<T>(weight + begin + h * stride, width - begin - h * stride, aligned), w[h]);
+    if (begin + h * STRIDE < width) w[h] = weight_at(begin + h * STRIDE);
   settle();
   release();
-  float square = 0.0f;
+  auto row_at = [&](int i) { return load_vec<T, true>(p + i, width - i, aligned); };
 #pragma unroll
   for (int h = 0; h < HELD; ++h)
-    if (begin + h * stride < width) {
-      unpack<T>(load_vec<T, true>(p + begin + h * stride, width - begin - h * stride, aligned), v[h]);
-#pragma unroll
-      for (int j = 0; j < N; ++j) square = fmaf(v[h][j], v[h][j], square);
-    }
-  for (int i = begin + HELD * stride; i < width; i += stride) {
-    float more[N];
-    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), more);
-#pragma unroll
-    for (int j = 0; j < N; ++j) square = fmaf(more[j], more[j], square);
-  }
-  const float scale = rsqrtf(block_sum(square, shared) / width + eps);
-  auto write = [&](int i, const float (&value)[N], const float (&by)[N]) {
+    if (begin + h * STRIDE < width) v[h] = row_at(begin + h * STRIDE);
+  const float scale = norm_scale(width, eps, shared, [&](int i) {
+    return i == begin ? v[0] : i == begin + STRIDE ? v[1] : row_at(i);
+  });
+  auto write = [&](int i, uint4 value, uint4 by) {
+    float x[N], g[N];
+    unpack<T>(value, x);
+    unpack<T>(by, g);
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      if (i + j < width)
-        o[i + j] = narrow<T>(plus_one ? value[j] * scale * (1.0f + by[j]) : rounded(value[j] * scale) * by[j]);
+      if (i + j < width) o[i + j] = narrow<T>(normed(x[j], scale, g[j], plus_one));
   };
 #pragma unroll
   for (int h = 0; h < HELD; ++h)
-    if (begin + h * stride < width) write(begin + h * stride, v[h], w[h]);
-  for (int i = begin + HELD * stride; i < width; i += stride) {
-    float more[N], by[N];
-    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), more);
-    unpack<T>(load_vec<T>(weight + i, width - i, aligned), by);
-    write(i, more, by);
-  }
+    if (begin + h * STRIDE < width) write(begin + h * STRIDE, v[h], w[h]);
+  for (int i = begin + HELD * STRIDE; i < width; i += STRIDE) write(i, row_at(i), weight_at(i));
 }
 #endif
 
 #if ENTRY == 2
-// Rows of `qkv` hold q heads, k heads, v heads of `size` each. q is rotated in place; k, rotated, and v go to the cache at
-// *slot. With q_norm, k_norm: an RMSNorm over each head first. One block per (head, row); thread i has elements i, i + half.
-extern "C" __global__ void rotate(
-    raw* qkv, i64 stride, int q_heads, int k_heads, int size, int rotary, const raw* cos, const raw* sin, const raw* q_norm,
-    const raw* k_norm, float eps, raw* keys, raw* values, i64 row_stride, i64 head_stride, const i64* slot) {
-  __shared__ float shared[32];
-  __shared__ float head_values[512];
-  settle();
-  release();
-  const int head = blockIdx.x, row = blockIdx.y;
-  raw* p = qkv + row * stride + (i64)head * size;
-  const bool is_q = head < q_heads, is_v = head >= q_heads + k_heads;
-  if (is_v) {
-    raw* to = values + row * row_stride + (i64)(head - q_heads - k_heads) * head_stride + *slot * size;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) to[i] = p[i];
-    return;
-  }
-  const raw* weight = is_q ? q_norm : k_norm;
-  if (weight) {
-    float square = 0.0f;
-    for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      const float v = widen<T>(p[i]);
-      square = fmaf(v, v, square);
-    }
-    const float scale = rsqrtf(block_sum(square, shared) / size + eps);
-    for (int i = threadIdx.x; i < size; i += blockDim.x)
-      head_values[i] = rounded(rounded(widen<T>(p[i]) * scale) * widen<T>(weight[i]));
-  } else {
-    for (int i = threadIdx.x; i < size; i += blockDim.x) head_values[i] = widen<T>(p[i]);
-  }
-  __syncthreads();
-  raw* to = is_q ? p : keys + row * row_stride + (i64)(head - q_heads) * head_stride + *slot * size;
-  const int half = rotary / 2;
-  for (int i = threadIdx.x; i < size; i += blockDim.x) {
-    float y = head_values[i];
-    if (i < rotary) {
-      const float other = i < half ? -head_values[i + half] : head_values[i - half];
-      y = rounded(y * widen<T>(cos[row * rotary + i])) + rounded(other * widen<T>(sin[row * rotary + i]));
-    }
-    to[i] = narrow<T>(y);
-  }
-}
-#endif
-
-#if ENTRY == 3
-// Attention of one new token per row over the cache, which is read once. The keys of a (row, key head) are shared out over up
+// Attention of one new token per row over the cache, which is read once. Rows of `qkv` hold q heads, k heads and v heads of D each,
+// as the linear layer gave them: an RMSNorm over each head of q and k (if there are weights) and the rotation are done here, and
+// the new k and v go to the cache at *slot. The keys of a (row, key head) are shared out over up
 // to SPLITS blocks, each for all G query heads; a block goes through its share KEYS at a time, one tile ahead in shared memory.
-// Lane k of a warp scores key k for the warp's own heads, so maxima and sums stay within the warp. The block that ends last
-// joins what the others left.
+// Lane k of a warp scores key k for the warp's own heads, so maxima and sums stay within the warp. Then the shares are joined: in a
+// cluster each block joins a part of the row through the others' shared memory; else the block that ends last joins what the
+// others left in memory.
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define SIZE (int)sizeof(raw)
@@ -112,6 +60,7 @@ extern "C" __global__ void rotate(
 #define MINE ((G + WARPS - 1) / WARPS)
 #define LANES (D / 2)              // threads that hold one value row, two elements each
 #define TEAMS (THREADS / LANES)    // runs of keys whose values are summed at the same time
+#define EACH ((D + 31) / 32)        // elements of a head per lane of a warp
 #define RUN ((KEYS / TEAMS + 3) / 4 * 4)
 #define LOG2E 1.4426950408889634f
 #define LOW (-__int_as_float(0x7f800000))
@@ -132,14 +81,21 @@ __device__ __forceinline__ void two(const u8* at, float (&v)[2]) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    const raw* q, i64 q_stride, const raw* keys, const raw* values, i64 row_stride, i64 head_stride, int k_heads,
-    const i64* slot, const i64* first, int window, float scale, float softcap, float* partial, u32* counter, raw* out,
-    i64 out_stride) {
+#if CLUSTERED
+#define AS_CLUSTER __cluster_dims__(1, SPLITS, 1)
+#else
+#define AS_CLUSTER
+#endif
+
+extern "C" __global__ void AS_CLUSTER __launch_bounds__(THREADS) attend(
+    const raw* qkv, i64 stride, raw* keys, raw* values, i64 row_stride, i64 head_stride, int k_heads, const i64* slot,
+    const i64* first, int window, float scale, float softcap, int rotary, const raw* cos, const raw* sin, const raw* q_norm,
+    const raw* k_norm, float eps, float* partial, u32* counter, raw* out, i64 out_stride) {
   DYNAMIC_SHARED(dynamic);  // two tiles, each of keys and values: KEYS rows of STRIDE bytes
   __shared__ __align__(16) float query[G][D];
   __shared__ __align__(16) float p[G][32];
-  __shared__ float fade[G], top[G], total[G], weight[G][SPLITS];
+  __shared__ float fade[G], top[G], total[G], weight[G][SPLITS], turned[D];
+  __shared__ raw fresh[2][D];
   __shared__ bool last;
   const int group = blockIdx.x, chunk = blockIdx.y, row = group / k_heads, head = group % k_heads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -153,34 +109,88 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     return;
   }
   const int from = begin + chunk * share, count = min(share, end - from), tiles = (count + KEYS - 1) / KEYS;
+  const int newest = end - 1 - from;  // of this block's share, if it is under `count`; one warp makes it
+  const bool makes = warp == WARPS - 1 && newest < count;
   const i64 base = row * row_stride + (i64)head * head_stride + (i64)from * D;
   constexpr int N = Vec<T>::N, VECTORS = D / N;
   const u32 shared = shared_address(dynamic);
-  // Keys [low, high) of this block's share, which lie in one tile.
-  auto ask = [&](int low, int high) {
+  // The tile that begins with key `low` of this block's share. All but the newest key were there before the step began.
+  auto ask = [&](int low) {
     const u32 to = shared + (low / KEYS & 1) * 2 * KEYS * STRIDE;
+    const int high = min(min(low + KEYS, count), newest);
     for (int i = low * VECTORS + threadIdx.x; i < high * VECTORS; i += THREADS) {
       const u32 place = to + i / VECTORS % KEYS * STRIDE + i % VECTORS * 16;
       copy_async16(place, keys + base + (i64)i * N, 16);
       copy_async16(place + KEYS * STRIDE, values + base + (i64)i * N, 16);
     }
+    copy_async_commit();
   };
-  // All but the newest key were there before the step began: they are asked for while the launch ahead still runs.
-  const int before = min(min(KEYS, count), end - 1 - from);
-  ask(0, before);
+  auto add_newest = [&](int low) {
+    if (!makes || newest / KEYS != low / KEYS) return;
+    u8* to = dynamic + (low / KEYS & 1) * 2 * KEYS * STRIDE + newest % KEYS * STRIDE;
+    for (int i = lane; i < D; i += 32) ((raw*)to)[i] = fresh[0][i], ((raw*)(to + KEYS * STRIDE))[i] = fresh[1][i];
+  };
+  // While the launch ahead still runs: the first keys, and the angles of this position.
+  ask(0);
+  float turn_cos[EACH], turn_sin[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; ++e) {
+    const int i = lane + e * 32;
+    turn_cos[e] = i < rotary ? widen<T>(cos[row * rotary + i]) : 1.0f;
+    turn_sin[e] = i < rotary ? widen<T>(sin[row * rotary + i]) : 0.0f;
+  }
   settle();
   release();
-  ask(before, min(KEYS, count));
-  copy_async_commit();
-  for (int i = threadIdx.x; i < G * D; i += THREADS) query[i / D][i % D] = widen<T>(q[row * q_stride + (i64)head * G * D + i]) * scale;
+  // One warp norms and rotates a head, with `x` in shared memory to exchange what stands half a rotation apart.
+  auto turn = [&](const raw* head_at, const raw* by, float* x, auto put) {
+    float v[EACH], square = 0.0f;
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) v[e] = lane + e * 32 < D ? widen<T>(head_at[lane + e * 32]) : 0.0f;
+    if (by) {
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) square = fmaf(v[e], v[e], square);
+      const float rate = rsqrtf(warp_sum(square) / D + eps);
+#pragma unroll
+      for (int e = 0; e < EACH; ++e)
+        if (lane + e * 32 < D) v[e] = rounded(rounded(v[e] * rate) * widen<T>(by[lane + e * 32]));
+    }
+#pragma unroll
+    for (int e = 0; e < EACH; ++e)
+      if (lane + e * 32 < D) x[lane + e * 32] = v[e];
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      const int i = lane + e * 32, half = rotary / 2;
+      if (i < rotary) v[e] = rounded(v[e] * turn_cos[e]) + rounded((i < half ? -x[i + half] : x[i - half]) * turn_sin[e]);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < EACH; ++e)
+      if (lane + e * 32 < D) put(lane + e * 32, narrow<T>(v[e]));
+  };
+  const raw* own = qkv + row * stride;
+  for (int g = warp; g < G; g += WARPS)
+    turn(own + (i64)(head * G + g) * D, q_norm, query[g], [&](int i, raw y) { query[g][i] = widen<T>(y) * scale; });
+  if (makes) {
+    const raw* v = own + (i64)(k_heads * (G + 1) + head) * D;
+    raw *key_at = keys + base + (i64)newest * D, *value_at = values + base + (i64)newest * D;
+    for (int i = lane; i < D; i += 32) value_at[i] = fresh[1][i] = v[i];
+    turn(own + (i64)(k_heads * G + head) * D, k_norm, turned, [&](int i, raw y) { key_at[i] = fresh[0][i] = y; });
+    __syncwarp();
+  }
+  add_newest(0);
   const int team = threadIdx.x / LANES, pair = threadIdx.x % LANES * 2;
   float acc[G][2] = {}, m[MINE], sum[MINE];
 #pragma unroll
   for (int h = 0; h < MINE; ++h) m[h] = LOW, sum[h] = 0.0f;
   for (int tile = 0; tile < tiles; ++tile) {
-    if (tile + 1 < tiles) ask((tile + 1) * KEYS, min((tile + 2) * KEYS, count));
-    copy_async_commit();
-    copy_async_wait<1>();
+    if (tile + 1 < tiles) {
+      ask((tile + 1) * KEYS);
+      add_newest((tile + 1) * KEYS);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
     __syncthreads();
     const u8* here = dynamic + (tile & 1) * 2 * KEYS * STRIDE;
     const int inside = min(KEYS, count - tile * KEYS);
@@ -249,6 +259,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     if (warp + h * WARPS < G && lane == 0) top[warp + h * WARPS] = m[h], total[warp + h * WARPS] = sum[h];
   __syncthreads();
   raw* to = out + row * out_stride + (i64)head * G * D;
+#if CLUSTERED
+  for (int i = threadIdx.x; i < G * D; i += THREADS) {
+#pragma unroll
+    for (int t = 1; t < TEAMS; ++t) shares[i] += shares[t * G * D + i];
+    if (chunks == 1) to[i] = narrow<T>(shares[i] / total[i / D]);
+  }
+  if (chunks == 1) return;
+  cluster_arrive();  // blocks without keys have ended, and nobody waits for them
+  cluster_wait();
+  const int part = (G * D + chunks - 1) / chunks;
+  for (int i = chunk * part + threadIdx.x; i < min((chunk + 1) * part, G * D); i += THREADS) {
+    float its[SPLITS], sums[SPLITS], y[SPLITS], most = LOW, below = 0.0f, above = 0.0f;
+#pragma unroll
+    for (int c = 0; c < SPLITS; ++c) {
+      const int block = min(c, chunks - 1);
+      its[c] = load_peer_float(shared_address(&top[i / D]), block);
+      sums[c] = load_peer_float(shared_address(&total[i / D]), block);
+      y[c] = load_peer_float(shared_address(&shares[i]), block);
+    }
+#pragma unroll
+    for (int c = 0; c < SPLITS; ++c) most = fmaxf(most, its[c]);
+#pragma unroll
+    for (int c = 0; c < SPLITS; ++c) {
+      const float w = c < chunks ? exp2_fast((its[c] - most) * LOG2E) : 0.0f;
+      below = fmaf(w, sums[c], below);
+      above = fmaf(w, y[c], above);
+    }
+    to[i] = narrow<T>(above / below);
+  }
+  cluster_arrive_reader();
+  cluster_wait();
+#else
   // [group, chunk, G, D + 2]: maximum, sum, weighted values.
   float* mine = partial + ((i64)group * SPLITS + chunk) * G * (D + 2);
   for (int i = threadIdx.x; i < G * D; i += THREADS) {
@@ -269,6 +311,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
   __syncthreads();
   if (!last) return;
   const float* all = partial + (i64)group * SPLITS * G * (D + 2);
+  // The sums of the first EARLY blocks are on their way while their weights are worked out.
+  constexpr int TURNS = (G * D + THREADS - 1) / THREADS, EARLY = TURNS > 4 ? 2 : 8;
+  float share_of[TURNS][EARLY];
+  auto sum_at = [&](int i, int c) { return __ldcg(all + ((i64)c * G + i / D) * (D + 2) + 2 + i % D); };
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn)
+#pragma unroll
+    for (int c = 0; c < EARLY; ++c) {
+      const int i = threadIdx.x + turn * THREADS;
+      share_of[turn][c] = i < G * D && c < chunks ? sum_at(i, c) : 0.0f;
+    }
   for (int g = warp; g < G; g += WARPS) {
     const float* one = all + ((i64)min(lane, chunks - 1) * G + g) * (D + 2);
     const float its = lane < chunks ? __ldcg(one) : LOW, w = exp2_fast((its - warp_max(its)) * LOG2E);
@@ -277,12 +330,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
     if (lane == 0) total[g] = all_of_it;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < G * D; i += THREADS) {
-    const float* one = all + (i64)(i / D) * (D + 2) + 2 + i % D;
+#pragma unroll
+  for (int turn = 0; turn < TURNS; ++turn) {
+    const int i = threadIdx.x + turn * THREADS;
+    if (i >= G * D) break;
     float y = 0.0f;
+#pragma unroll
+    for (int c = 0; c < EARLY; ++c) y = fmaf(c < SPLITS ? weight[i / D][min(c, SPLITS - 1)] : 0.0f, share_of[turn][c], y);
 #pragma unroll 8
-    for (int c = 0; c < chunks; ++c) y = fmaf(weight[i / D][c], __ldcg(one + (i64)c * G * (D + 2)), y);
+    for (int c = EARLY; c < chunks; ++c) y = fmaf(weight[i / D][c], sum_at(i, c), y);
     to[i] = narrow<T>(y / total[i / D]);
   }
+#endif
 }
 #endif

@@ -52,31 +52,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
   settle();
   release();
   const raw* p = x + row * x_stride;
-  constexpr int N = Vec<T>::N;
   const bool aligned = ((u64)p & 15) == 0;
   const bool may = !may_skip || may_skip[row], counts = !real || real[row];
   const float limit = number(threshold_at, threshold);
   raw own[SLICE / THREADS];
 #pragma unroll
   for (int i = 0; i < SLICE / THREADS; ++i) own[i] = p[min(from + (int)threadIdx.x + i * THREADS, width - 1)];
-  float square = 0.0f;
-#pragma unroll 2
-  for (int i = threadIdx.x * N; i < width; i += THREADS * N) {
-    float v[N];
-    unpack<T>(load_vec<T, true>(p + i, width - i, aligned), v);
-#pragma unroll
-    for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
-  }
-  const float scale = rsqrtf(block_sum(square, shared) / width + eps);
-  float sum = 0.0f;
-  square = 0.0f;
+  const float scale = norm_scale(width, eps, shared, [&](int i) { return load_vec<T, true>(p + i, width - i, aligned); });
+  float sum = 0.0f, square = 0.0f;
 #pragma unroll
   for (int i = 0; i < SLICE / THREADS; ++i) {
     const int in_slice = threadIdx.x + i * THREADS;
     float y = 0.0f;
     if (from + in_slice < width) {
-      const float v = widen<T>(own[i]), g = norm_weight[i];
-      const raw stored = narrow<T>(plus_one ? v * scale * (1.0f + g) : rounded(v * scale) * g);
+      const raw stored = narrow<T>(normed(widen<T>(own[i]), scale, norm_weight[i], plus_one));
       out[row * out_stride + from + in_slice] = stored;
       y = widen<T>(stored);
     }

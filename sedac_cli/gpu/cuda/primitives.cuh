@@ -85,6 +85,21 @@ __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u3
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+#if CLUSTER || CLUSTERED
+// Blocks of a cluster see each other's shared memory between a first barrier (all) and a second (what was read has been used).
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_reader() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ float load_peer_float(u32 address, int block) {
+  float v;
+  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }"
+               : "=f"(v)
+               : "r"(address), "r"(block)
+               : "memory");
+  return v;
+}
+#endif
+
 #if CLUSTER
 // Hopper's products of whole tiles in shared memory (sm_90a). A tile: rows of 128 bytes in groups of eight, swizzled by 128.
 __device__ __forceinline__ u64 matrix_at(u32 address) {
@@ -119,10 +134,6 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[64], u64 a, u64 b)
   else WGMMA_128("f16.f16");
 }
 
-// Blocks of a cluster see each other's shared memory between a first barrier (all) and a second (what was read has been used).
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive_reader() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ float4 load_peer(u32 address, int block) {
   float4 v;
   asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"

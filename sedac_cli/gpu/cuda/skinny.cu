@@ -9,10 +9,12 @@
 // which costs nothing when open, where an IF node around the same work costs 6 us when taken (28 of them in benchmarks/results/gpu_kernels.json).
 // `standing` says what is known of the flag. 1: no launch that may still run writes it (if it is PENDING all the same, this one
 // waits). 0: the launch ahead writes it; the first weights are asked for before it has ended, since memory is idle while it
-// decides. 2: the work begins as soon as the launch ahead has written x, which `*ready` reaching `parts` says, and runs beside its
-// decision: a block looks at the flag after every step until it is no longer PENDING.
+// decides. With RACES the work begins as soon as x is there, which `*ready` reaching `parts` says (without `ready`: it was before
+// the launch ahead began), and runs beside that launch's decision: a block looks at the flag after every step until it is no
+// longer PENDING.
 // Constants: T (1, 2), NT (8 rows of x each), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
-// in flight per warp), X_AHEAD (steps that x is asked for ahead), WARPS, LOOP (more items than blocks).
+// in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
+// ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm.
 
 #define THREADS (32 * WARPS)
 #define STEP (32 * WARPS)
@@ -20,6 +22,8 @@
 #define GROUP_NT (NT < 2 ? NT : 2)
 #define PENDING (-1)
 #define AHEAD (NT == 1 && !LOOP)  // one element of the output a thread, known before the sums
+#define RING (STAGES * MT * 2 * THREADS * 16)
+#define HELD (512 / THREADS)  // vectors of the norm's weight that a thread has in registers
 
 typedef Elem<T>::raw raw;
 
@@ -75,10 +79,10 @@ __device__ __forceinline__ Item item_of(
   return item;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) skinny(
+extern "C" __global__ void __launch_bounds__(THREADS, 2) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int standing, int items, const int* ready, int parts) {
+    int when, int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one) {
   const volatile int* flag = need;
   auto closed = [&](int value) { return (value != 0) != (when != 0); };
   if (need && standing == 1) {
@@ -88,12 +92,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
       now = *flag;
     }
     if (closed(now)) {
+      release();  // the next launch need not wait for this one's blocks to find room
       settle();
-      release();
       return;
     }
   }
-  const bool races = need && standing == 2;
   DYNAMIC_SHARED(dynamic);
   __shared__ float partial[WARPS][MT][GROUP_NT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -121,15 +124,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < STAGES; ++step) ask();
-  if (races) {
-    // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
-    if (threadIdx.x == 0) wait_for(ready, parts);
-    __syncthreads();
-  } else {
-    settle();
-  }
+#if XS == 2
+  // The norm's weights depend on nothing either.
+  uint4 norm_weight[HELD];
+#pragma unroll
+  for (int h = 0; h < HELD; ++h)
+    if ((threadIdx.x + h * THREADS) * 8 < k) norm_weight[h] = __ldg((const uint4*)norm + threadIdx.x + h * THREADS);
+#endif
+#if RACES
+  // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
+  if (ready && threadIdx.x == 0) wait_for(ready, parts);
+  __syncthreads();
+#else
+  settle();
+#endif
   release();
-  int seen = need && (standing == 0 || (races && threadIdx.x == 0)) ? *flag : PENDING;
+  int seen = need && (standing == 0 || (RACES && threadIdx.x == 0)) ? *flag : PENDING;
   // What the last lines of an item add is asked for here: from memory it would hold up the end.
   float last_bias[MT] = {}, last_residual[MT] = {};
 #if AHEAD
@@ -144,30 +154,68 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     }
   }
 #endif
+#if XS
+  // Rows lie 64 bytes further apart than they are long: two of them then share no bank.
+  u8* const here = dynamic + RING;
+  const int pitch = k * (int)sizeof(raw) + 64;
+  for (int r = 0; r < m; ++r)
+    for (int i = threadIdx.x * 8; i < k; i += THREADS * 8) {
+      const uint4* from = (const uint4*)(x + r * x_stride + i);
+      *(uint4*)(here + r * pitch + i * 2) = RACES ? __ldcg(from) : *from;  // a racing block's own cache may be old
+    }
+  __syncthreads();
+#endif
+#if XS == 2
+  __shared__ float shared[WARPS];
+  for (int r = 0; r < m; ++r) {
+    uint4* row = (uint4*)(here + r * pitch);
+    const float scale = norm_scale(k, eps, shared, [&](int i) { return row[i / 8]; });
+    auto apply = [&](int i, uint4 by) {
+      float value[8], g[8];
+      unpack<T>(row[i], value);
+      unpack<T>(by, g);
+      u32 word[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        word[j] = (u32)narrow<T>(normed(value[2 * j], scale, g[2 * j], plus_one)) |
+                  (u32)narrow<T>(normed(value[2 * j + 1], scale, g[2 * j + 1], plus_one)) << 16;
+      row[i] = make_uint4(word[0], word[1], word[2], word[3]);
+    };
+#pragma unroll
+    for (int h = 0; h < HELD; ++h)
+      if ((threadIdx.x + h * THREADS) * 8 < k) apply(threadIdx.x + h * THREADS, norm_weight[h]);
+    for (int i = threadIdx.x + HELD * THREADS; i * 8 < k; i += THREADS) apply(i, __ldg((const uint4*)norm + i));
+  }
+  __syncthreads();
+#endif
   uint4 x_ahead[X_AHEAD + 1][NT];
   auto fetch = [&](int step, uint4 (&q)[NT]) {
     const int at = mine + step * STEP;
 #pragma unroll
     for (int c = 0; c < NT; ++c) {
       q[c] = make_uint4(0, 0, 0, 0);
-      if (c * 8 + g < m && at < k) {
-        const uint4* from = (const uint4*)(x + (c * 8 + g) * x_stride + at);
-        q[c] = races ? __ldcg(from) : *from;  // this multiprocessor has not waited: what its own cache holds may be old
-      }
+      const int r = c * 8 + g;
+      if (r >= m || at >= k) continue;
+#if XS
+      q[c] = *(const uint4*)(here + r * pitch + at * 2);
+#else
+      const uint4* from = (const uint4*)(x + r * x_stride + at);
+      q[c] = RACES ? __ldcg(from) : *from;
+#endif
     }
   };
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
-  if (need && standing == 0 && closed(seen)) {
+  if (!RACES && need && standing == 0 && closed(seen)) {
     copy_async_wait<0>();
     return;
   }
-  bool known = !races;
+  bool known = !RACES;
   int taken = 0;
   for (int index = blockIdx.x; index < items; index += LOOP ? gridDim.x : items) {
   float sum[MT][NT][4] = {};
   for (int step = 0; step < steps; ++step, ++taken) {
-    if (!known && step < k / STEP) {  // all warps take that many steps
+    if (RACES && !known && step < k / STEP) {  // all warps take that many steps
       const int found = __syncthreads_or(seen == PENDING ? 0 : closed(seen) ? 2 : 1);
       if (found & 2) {
         copy_async_wait<0>();
@@ -240,5 +288,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     }
   }
   }
-  if (races) settle();  // who comes after this launch may count on the flag
+  if (RACES) settle();  // who comes after this launch may count on the flag
 }

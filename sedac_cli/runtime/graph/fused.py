@@ -1,4 +1,4 @@
-"""A decode step of a standard model, by the decode kernels: eight launches a layer, and what a gate closes ends at once.
+"""A decode step of a standard model, by the decode kernels: five launches a layer, and what a gate closes ends at once.
 
 A launch that hangs on a flag and is not needed leaves the residual stream alone, which is what a skipped MLP is. Where more
 rows make cuBLAS the faster way, MLP and stand-in are the two branches of a conditional node instead.
@@ -16,7 +16,7 @@ from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
-from sedac_cli.runtime.graph.programs import AHEAD, Program, Standing
+from sedac_cli.runtime.graph.programs import Entry, Program
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -48,57 +48,54 @@ class FusedStep:
         program.begin(state.position, ~state.finished)
         for index, layer in enumerate(self.standard.layers):
             program.enter(index, h)
-            qkv = ops.linear(ops.norm(h, layer.norm), layer.qkv)
-            keys, values = self.cache.layers[index]
-            ops.rotate(qkv, layer.heads, cos, sin, keys, values, state.slot, layer.head_norms)
-            attended = ops.attend(qkv, layer.heads, keys, values, state.slot, state.first)
+            qkv = ops.linear(h, layer.qkv, norm=layer.norm)
+            attended = ops.attend(
+                qkv, layer.heads, cos, sin, *self.cache.layers[index], state.slot, state.first, layer.head_norms
+            )
             h = ops.linear(attended, layer.out, residual=h, out=h)
-            x, need, standing = program.before_mlp(index, h, layer.mlp_norm, ops)
-            self.mlp(index, layer, x, h, need, standing)
-        x = ops.norm(h, self.standard.norm)
+            self.mlp(index, layer, program.before_mlp(index, h, layer.mlp_norm, ops), h)
         if self.head is None:
-            return self.decoder.head(x)
-        return self.decoder._shape_logits(ops.linear(x, self.head), self.decoder.logit_scale)
+            return self.decoder.head(ops.norm(h, self.standard.norm))
+        return self.decoder._shape_logits(ops.linear(h, self.head, norm=self.standard.norm), self.decoder.logit_scale)
 
-    def mlp(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None, standing: Standing) -> None:
-        """h += MLP(x), or the stand-in, in place."""
-        scale = self.program.scale(index)
+    def mlp(self, index: int, layer: Layer, entry: Entry, h: Tensor) -> None:
+        """h += MLP, or the stand-in, in place."""
+        scale, need = self.program.scale(index), entry.need
         if scale is not None and need is not None:
-            self.blend(index, layer, x, h, need, scale)
-        elif need is None:
-            self.run(layer, x, h)
-        elif self.either is None:
-            self.run(layer, x, h, need, standing)
-            self.instead(index, x, h, need)
+            self.blend(index, layer, entry, h, scale)
+        elif need is None or self.either is None:
+            self.run(layer, entry, h, need)
+            if need is not None:
+                self.instead(index, entry, h, need)
         else:
-            otherwise = (lambda: self.instead(index, x, h)) if index in self.standins else None
-            self.either(need, lambda: self.run(layer, x, h), otherwise)
+            otherwise = (lambda: self.instead(index, entry, h)) if index in self.standins else None
+            self.either(need, lambda: self.run(layer, entry, h), otherwise)
 
-    def run(self, layer: Layer, x: Tensor, h: Tensor, need: Tensor | None = None, standing: Standing = AHEAD) -> None:
+    def run(self, layer: Layer, entry: Entry, h: Tensor, need: Tensor | None = None) -> None:
         z = self.ops.gated(
-            x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=standing.settled,
-            ready=standing.ready,
+            entry.x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=entry.settled,
+            ready=entry.ready, norm=entry.norm,
         )  # fmt: skip
         self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
 
-    def instead(self, index: int, x: Tensor, h: Tensor, need: Tensor | None = None) -> None:
+    def instead(self, index: int, entry: Entry, h: Tensor, need: Tensor | None = None) -> None:
         if index not in self.standins:
             return
         inward, outward = self.standins[index]
         # Two launches lie between the flag and these: it stands, whatever it was for the MLP.
-        z = self.ops.linear(x, inward, activation="silu", need=need, when=False, settled=True)
+        z = self.ops.linear(entry.x, inward, activation="silu", need=need, when=False, settled=True, norm=entry.norm)
         self.ops.linear(z, outward, residual=h, out=h, need=need, when=False, settled=True)
 
-    def blend(self, index: int, layer: Layer, x: Tensor, h: Tensor, need: Tensor, scale: Tensor) -> None:
-        """h += scale * MLP(x) + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
+    def blend(self, index: int, layer: Layer, entry: Entry, h: Tensor, scale: Tensor) -> None:
+        """h += scale * MLP + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
         y = torch.zeros_like(h)
-        if self.either is None:
-            self.run(layer, x, y, need)
+        if self.either is None or entry.need is None:
+            self.run(layer, entry, y, entry.need)
         else:
-            self.either(need, lambda: self.run(layer, x, y))
+            self.either(entry.need, lambda: self.run(layer, entry, y))
         weight = scale.unsqueeze(1).to(h.dtype)
         other = torch.zeros_like(h)
-        self.instead(index, x, other)
+        self.instead(index, entry, other)
         h.add_(weight * y + (1 - weight) * other)
 
 

@@ -22,28 +22,27 @@ GATED = skinny.ACTIVATIONS.keys() - {"none"}
 
 
 class Ops(Protocol):
-    """`need`, `when`: the work is done iff (need != 0) == when; only where `stops` says that launches can be stopped."""
+    """`need`, `when`: the work is done iff (need != 0) == when; only where `stops` says that launches can be stopped. `norm`: x goes
+    through it first."""
 
     stops: bool
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False,
+        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
 
-    def rotate(
-        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+    def attend(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,
         norms: tuple[Norm, Norm] | None,
-    ) -> None: ...  # fmt: skip
-
-    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor: ...
+    ) -> Tensor: ...  # fmt: skip
 
     def entropy(self, logits: Tensor) -> Entropy: ...
 
@@ -66,36 +65,32 @@ class KernelOps:
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False,
+        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
         return skinny.skinny_linear(
             x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when,
-            settled=settled,
+            settled=settled, norm=_parts(norm),
         )  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
-        return skinny.skinny_gated(x, gate, up, activation, biases=biases, need=need, settled=settled, ready=ready)
+        return skinny.skinny_gated(
+            x, gate, up, activation, biases=biases, need=need, settled=settled, ready=ready, norm=_parts(norm)
+        )
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
 
-    def rotate(
-        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+    def attend(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,
         norms: tuple[Norm, Norm] | None,
-    ) -> None:  # fmt: skip
-        weights = None if norms is None else (norms[0].weight, norms[1].weight)
-        decode.rotate_and_store(
-            qkv, heads, cos, sin, keys, values, slot, weights, 0.0 if norms is None else norms[0].eps
-        )
-
-    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         key = (heads.group * heads.key, heads.size)
         if key not in self.scratch:
-            self.scratch[key] = decode.attend_scratch(q.shape[0], heads, q.device)
-        return decode.attend(q, heads, keys, values, slot, first, self.scratch[key])
+            self.scratch[key] = decode.attend_scratch(qkv.shape[0], heads, qkv.device)
+        return decode.attend(qkv, heads, cos, sin, keys, values, slot, first, self.scratch[key], *_head_norms(norms))
 
     def entropy(self, logits: Tensor) -> Entropy:
         return fused_entropy(logits)
@@ -108,9 +103,10 @@ class WideOps(KernelOps):
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False,
+        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
         assert need is None
+        x = x if norm is None else self.norm(x, norm)
         if residual is not None and activation == "none" and len(linear.weights) == 1 and linear.biases[0] is None:
             return torch.addmm(residual, x, linear.weights[0].t(), out=out)  # the sum is part of the product's launch
         parts = [functional.linear(x, w, b) for w, b in zip(linear.weights, linear.biases, strict=True)]
@@ -121,9 +117,10 @@ class WideOps(KernelOps):
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
         assert need is None
+        x = x if norm is None else self.norm(x, norm)
         first, second = biases or (None, None)
         inward, beside = functional.linear(x, gate, first), functional.linear(x, up, second)
         if activation in GATED and gate.shape[0] % 8 == 0:
@@ -143,31 +140,35 @@ class TwinOps:
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False,
+        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
         return decode_reference.skinny_linear(
-            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when
-        )
+            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when,
+            norm=_parts(norm),
+        )  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
-        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None,
+        need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
     ) -> Tensor:  # fmt: skip
-        return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need)
+        return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need, norm=_parts(norm))
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode_reference.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
 
-    def rotate(
-        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor,
+    def attend(
+        self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,
         norms: tuple[Norm, Norm] | None,
-    ) -> None:  # fmt: skip
-        weights = None if norms is None else (norms[0].weight, norms[1].weight)
-        eps = 0.0 if norms is None else norms[0].eps
-        decode_reference.rotate_and_store(qkv, heads, cos, sin, keys, values, slot, weights, eps)
-
-    def attend(self, q: Tensor, heads: Heads, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor) -> Tensor:
-        return decode_reference.attend(q, heads, keys, values, slot, first)
+    ) -> Tensor:  # fmt: skip
+        return decode_reference.attend(qkv, heads, cos, sin, keys, values, slot, first, None, *_head_norms(norms))
 
     def entropy(self, logits: Tensor) -> Entropy:
         return reference.fused_entropy(logits)
+
+
+def _parts(norm: Norm | None) -> skinny.RowNorm | None:
+    return None if norm is None else (norm.weight, norm.eps, norm.plus_one)
+
+
+def _head_norms(norms: tuple[Norm, Norm] | None) -> tuple[tuple[Tensor, Tensor] | None, float]:
+    return (None, 0.0) if norms is None else ((norms[0].weight, norms[1].weight), norms[0].eps)

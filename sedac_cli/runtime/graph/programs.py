@@ -5,7 +5,7 @@ object works (`GateProgram` calls its own `decide`); the common ones have a form
 decide the same.
 
     program = make_program(plan.gate, rows, device)
-    program.begin(position, real); program.enter(0, h); x, need, standing = program.before_mlp(0, h, norm, ops)
+    program.begin(position, real); program.enter(0, h); entry = program.before_mlp(0, h, norm, ops)
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from sedac_cli.runtime.graph.standard import Norm
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What is known of a flag when the launch that hangs on it begins. `settled`: no launch that may still run writes it; otherwise
-    the one just ahead does. `ready`: that one has written the MLP's input once this counter has this value, and then only decides."""
+class Entry:
+    """What an MLP begins with: x, which goes through `norm` first unless that is None, and the flag it hangs on, if any. `settled`: no
+    launch that may still run writes the flag; otherwise the one just ahead does. `ready`: that one has written x once this counter
+    has this value, and then only decides."""
 
-    settled: bool
+    x: Tensor
+    norm: Norm | None = None
+    need: Tensor | None = None
+    settled: bool = False
     ready: tuple[Tensor, int] | None = None
-
-
-STANDS, AHEAD = Standing(True), Standing(False)
 
 
 class Program:
@@ -55,9 +56,8 @@ class Program:
     def enter(self, layer: int, hidden: Tensor) -> None:
         """At checkpoint `layer`."""
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
-        """(the MLP's input, the flag it hangs on or None, what is known of the flag)."""
-        return ops.norm(hidden, norm), self.flag(layer), STANDS
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> Entry:
+        return Entry(hidden, norm, self.flag(layer), settled=True)
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         """The flag, where the MLP's input has already been made by the model's own code."""
@@ -121,9 +121,9 @@ class GateProgram(Program):
         if self.gate.looks_at == "entry":
             self._decide(layer, hidden if self.gate.reads(layer) else None)
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> Entry:
         x = ops.norm(hidden, norm)
-        return x, self.decide_on(layer, x), AHEAD
+        return Entry(x, need=self.decide_on(layer, x))
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         if self.gate.looks_at == "mlp":
@@ -167,11 +167,13 @@ class LearnedProgram(Program):
         self.may_skip = (real & (position >= guards.sinks)) if guards.decode else torch.zeros_like(real)
         self.marks.fill_(PENDING)
 
-    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> tuple[Tensor, Tensor | None, Standing]:
+    def before_mlp(self, layer: int, hidden: Tensor, norm: Norm, ops: Ops) -> Entry:
         need = self.flag(layer)
-        if need is None or not hidden.is_cuda:
+        if need is None:
+            return Entry(hidden, norm)
+        if not hidden.is_cuda:
             x = ops.norm(hidden, norm)
-            return x, self.decide_on(layer, x), AHEAD
+            return Entry(x, need=self.decide_on(layer, x))
         if self.scratch is None:
             self.scratch = decode.norm_route_scratch(self.rows, hidden.shape[1], self.device)
         ready = self.marks[self.num_layers + layer : self.num_layers + layer + 1]
@@ -179,7 +181,7 @@ class LearnedProgram(Program):
             hidden, norm.weight, norm.eps, self.weights[layer], self.scratch, threshold=self.limit, plus_one=norm.plus_one,
             may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready,
         )  # fmt: skip
-        return x, need, Standing(False, (ready, PENDING + decode.norm_route_parts(*hidden.shape)))
+        return Entry(x, need=need, ready=(ready, PENDING + decode.norm_route_parts(*hidden.shape)))
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
         need = self.flag(layer)
