@@ -103,16 +103,19 @@ def skinny_gated(
     when: bool = True,
     settled: bool = False,
     ready: tuple[Tensor, int] | None = None,
+    racing: bool = False,
 ) -> Tensor:
     """[M, K] -> [M, N]: act(x gate^T) * (x up^T), both [N, K].
 
     `ready`: a counter, and the value it has once the launch just ahead has written x. That launch goes on to write `need`, which was
-    PENDING before, and the work runs beside it."""
+    PENDING before, and the work runs beside it. `racing`: the same, where x was there before that launch began."""
     _check(x, [gate, up])
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     _check_rows(out, "out", x.shape[0], gate.shape[0], x)
+    if racing and need is not None:
+        ready = (need, PENDING)  # no flag is less: the wait ends at once
     _launch(
         x,
         [gate, up],
