@@ -37,6 +37,8 @@ PARTS = {
     "quant": ("part_equal", "quant"), "families": ("part_equal", "families"), "runners": ("part_steps", "runners"),
 }  # fmt: skip
 
+TP_ENGINES = ("plain", "silu", "nodes", "kernels", "learned", "one")
+
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -78,12 +80,16 @@ def options() -> argparse.Namespace:
     add("--quantization", default="fp8")
     add("--quant-speed", action="store_true", help="part quant: also step times of the large shape")
     add("--tp", type=int, default=2)
+    add("--tp-engines", default=",".join(TP_ENGINES), help="part tp2: which; one: on one GPU, to compare tokens with")
     args = parser.parse_args()
     args.sizes = [int(x) for x in args.sizes.split(",")]
+    args.tp_engines = args.tp_engines.split(",")
     args.adaptive = "adaptive" in args.gates
     unknown = [part for part in args.parts.split(",") if part not in PARTS]
     if unknown:
         parser.error(f"--parts: {', '.join(unknown)} is not among {', '.join(PARTS)}")
+    if unknown := [name for name in args.tp_engines if name not in TP_ENGINES]:
+        parser.error(f"--tp-engines: {', '.join(unknown)} is not among {', '.join(TP_ENGINES)}")
     return args
 
 

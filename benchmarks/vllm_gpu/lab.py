@@ -121,6 +121,8 @@ class Lab:
         self.end = time.monotonic() + args.minutes * 60
         self.part_end = self.end
         self.alive: dict[str, Engine] = {}
+        self.lost: set[str] = set()
+        """Engines that did not come up in this part, and are not tried again in it."""
         self.document: dict[str, Any] = {"engines": {}, "parts": {}, "problems": []}
         self.rows: list[dict[str, Any]] = []
 
@@ -142,6 +144,7 @@ class Lab:
 
     def begin(self, part: str) -> None:
         self.rows = []
+        self.lost.clear()
         self.document["parts"][part] = {"rows": self.rows}
         self.part_end = time.monotonic() + self.args.part_minutes * 60
 
@@ -203,35 +206,48 @@ class Lab:
             if name not in wanted and len(self.alive.keys() | wanted) > self.args.most:
                 self.stop(name)
         missing = [spec for spec in specs if spec.name not in self.alive]
+        for spec in missing:
+            if spec.name in self.lost:
+                raise FailedError(f"engine {spec.name} did not come up")
         for place in range(0, len(missing), self.args.together):
-            group = missing[place : place + self.args.together]
-            self.check(40)
-            began = time.monotonic()
-            for spec in group:
-                self.alive[spec.name] = Engine(spec, self.work, sys.executable, self.environment(spec))
-            for spec in group:
-                engine = self.alive[spec.name]
-                limit = min(self.left(), self.args.start_seconds - (time.monotonic() - began))
-                try:
-                    engine.about = engine.answer(max(1.0, limit))
-                except (TooLateError, FailedError):
-                    for other in group:
-                        self.stop(other.name)
-                    raise
-                self.document["engines"][spec.name] = engine.about | {"sedac": spec.sedac, "variant": spec.variant}
-                print(f"  {spec.name}: up in {engine.about['up']:.0f} s", file=sys.stderr, flush=True)
+            self.start(missing[place : place + self.args.together])
         return [self.alive[spec.name] for spec in specs]
 
+    def start(self, group: Sequence[Spec]) -> None:
+        """At the same time. Those that come up stay, whatever becomes of the others."""
+        self.check(40)
+        began, failed = time.monotonic(), None
+        for spec in group:
+            self.alive[spec.name] = Engine(spec, self.work, sys.executable, self.environment(spec))
+        for spec in group:
+            engine = self.alive[spec.name]
+            limit = min(self.left(), self.args.start_seconds - (time.monotonic() - began))
+            try:
+                engine.about = engine.answer(max(1.0, limit))
+            except (TooLateError, FailedError) as error:
+                self.stop(spec.name)
+                if isinstance(error, TooLateError):
+                    self.lost.add(spec.name)
+                failed = failed or error
+                continue
+            self.document["engines"][spec.name] = engine.about | {"sedac": spec.sedac, "variant": spec.variant}
+            print(f"  {spec.name}: up in {engine.about['up']:.0f} s", file=sys.stderr, flush=True)
+        if failed is not None:
+            raise failed
+
     def those_that_start(self, specs: Sequence[Spec]) -> list[Engine]:
-        """An engine that does not come up is a problem of its own: the others are measured without it."""
+        """An engine that does not come up, alone or in its time, is a problem of its own: the others are measured without it."""
+        specs = [spec for spec in specs if spec.name not in self.lost]
         try:
             return self.engines(specs)
-        except FailedError:
+        except (FailedError, TooLateError):
             found = []
             for spec in specs:
                 try:
                     found.append(self.engine(spec))
-                except FailedError as error:
+                except (FailedError, TooLateError) as error:
+                    self.check(40)  # no time for any engine is no problem of this one
+                    self.lost.add(spec.name)
                     self.problem(f"left out: {error}")
             return found
 

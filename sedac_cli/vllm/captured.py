@@ -20,7 +20,7 @@ from sedac_cli.gates.simple import AlwaysGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu.conditional import ConditionalGraph, Conditions
 from sedac_cli.gpu.probe import MAX_RANK, ProbeWeights, RouterWeights, probe_risk, router_score
-from sedac_cli.gpu.skinny import FEW_ROWS
+from sedac_cli.vllm.few_rows import FewRows
 from sedac_cli.vllm.forced import ForcedGate
 from sedac_cli.vllm.session import is_batch_max
 
@@ -45,6 +45,7 @@ class Capture:
         self.all_flags = torch.ones(len(gated) + 1, dtype=torch.int32, device=device)
         self.flags = self.all_flags[:-1]
         self.ran = torch.zeros(len(gated) + 1, dtype=torch.long, device=device)
+        self.routers: dict[int, RouterWeights] = {}
         if self.mode == "probes":
             self.probes = {layer: ProbeWeights.pack(gate.probes[layer], device) for layer in session.looks}
         elif self.mode == "routers":
@@ -52,13 +53,12 @@ class Capture:
         elif self.mode == "static":
             self.index = torch.tensor(gated, dtype=torch.long, device=device)
             self.off = torch.zeros(len(gated), dtype=torch.int32, device=device)
+        self.few = FewRows(session, self.mode, self.flags, self.routers)
         try:
             self.nodes = ConditionalGraph(device)
         except RuntimeError as error:
             raise InputError(f"sedac on CUDA: {error}") from None
         self.conditions: Conditions | None = None
-        self.outs: Tensor | None = None
-        """[places, rows, hidden]: zero where an MLP under a flag does not write."""
         self.side = torch.cuda.Stream(device)
         self.beside: list[Any] = []
         """What work on the side stream still reads: kept until the streams join, so that its memory is not given away."""
@@ -76,14 +76,11 @@ class Capture:
             or get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
         )
 
-    def flagged(self, count: int) -> bool:
-        """Whether a pass of so many rows runs under flags rather than in nodes."""
-        return self.session.use_kernels and count <= FEW_ROWS
-
     def open(self, count: int) -> None:
         """The first site of a pass. All conditions of a whole step are made now, so that one launch can arm many."""
-        self.conditions = self.outs = None
-        if not self.flagged(count) and self.nodes.native_else and self.whole():
+        self.conditions = None
+        self.few.open(count, self.whole())
+        if not self.few.takes(count) and self.nodes.native_else and self.whole():
             self.conditions = self.nodes.conditions(len(self.place), either=True)
         if self.mode == "static":
             wanted = self.off
@@ -99,7 +96,8 @@ class Capture:
             torch.cuda.current_stream().wait_stream(self.side)
             self.beside.clear()
         self.ran += self.all_flags * self.session.inputs.count
-        self.conditions = self.outs = None
+        self.conditions = None
+        self.few.close()
 
     # Deciding ---------------------------------------------------------------------------------------------------
 
@@ -153,8 +151,11 @@ class Capture:
         at = self.point(layer)
         flag = self.flags[at : at + 1]
         own: Conditions | None = None
+        out: Tensor | None = None
         armed = False
-        if not self.flagged(count):
+        if self.few.takes(count):
+            out = self.few.output(layer, x)
+        else:
             armed = self.conditions is not None and self.mode in ("static", "probes")
             own = self.nodes.conditions(1, either=True) if self.conditions is None else _only(self.conditions, place)
         if self.mode == "routers":
@@ -162,7 +163,7 @@ class Capture:
             assert state is not None
             router_score(
                 x, self.routers[layer], threshold=gate.limit.view(1), may_skip=state.may_skip, real=state.real,
-                needs=flag, arm=own,
+                needs=flag, arm=own, **self.few.router_memory(count),
             )  # fmt: skip
             armed = True
         elif self.mode == "torch":
@@ -171,7 +172,8 @@ class Capture:
                 self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
             flag.copy_(((state.scale > 0) & state.real).any())
         if own is None:
-            return self.under_flag(layer, x, flag)
+            assert out is not None
+            return self.few.run(layer, x, out, flag)
         if not armed:
             own.set(flag)
         return self.in_node(layer, x, own, state)
@@ -193,23 +195,6 @@ class Capture:
             else:
                 out.copy_(instead)
         return out
-
-    def under_flag(self, layer: int, x: Tensor, flag: Tensor) -> Tensor:
-        mlp = self.session.dense[layer]
-        assert mlp is not None
-        instead = self.session.standin.rows(layer, x) if mlp.rank == 0 else None  # what all ranks hold is summed
-        out = self.cleared(layer, x) if instead is None else instead.to(x.dtype)
-        # Flags of routers, and of rules in torch, are written just ahead; the others long before: weights need not wait.
-        mlp.few(x, out, flag, settled=instead is None and self.mode in ("static", "probes") and self.outs is not None)
-        return mlp.reduce(out)
-
-    def cleared(self, layer: int, x: Tensor) -> Tensor:
-        """In a whole step one launch clears the outputs of all layers, and none stands between a norm and its MLP."""
-        if not self.whole():
-            return torch.zeros_like(x)
-        if self.outs is None:
-            self.outs = torch.zeros(len(self.place), *x.shape, dtype=x.dtype, device=x.device)
-        return self.outs[self.place[layer]]
 
     def blended(self, layer: int, x: Tensor, out: Tensor, state: TokenState | None) -> Tensor:
         """The soft gate's mixture; rows that would have skipped keep the MLP they got."""
@@ -243,11 +228,9 @@ class Capture:
             return
         session = self.session
         self.nodes.warm(lambda: (session.forward[layer](x), session.standin.rows(layer, x)))
-        spare = torch.ones(1, dtype=torch.int32, device=x.device)
-        mlp = session.dense[layer]
-        if self.flagged(x.shape[0]) and mlp is not None:
-            mlp.few(x, torch.empty_like(x), spare)
+        self.few.warm(layer, x)
         if self.mode == "routers":
+            spare = torch.ones(1, dtype=torch.int32, device=x.device)
             state = session.start(x.shape[0])
             for form in (self.nodes.none, None):
                 router_score(

@@ -159,23 +159,33 @@ def turn_on(site: Site, settings: dict[str, Any], proved: bool) -> Switch:
 
 
 def turn_off(site: Site) -> list[Path]:
-    """Delete the file wherever it lies; what was deleted."""
-    gone = []
-    for path in places(site.prefix):
-        if not path.is_file():
-            continue
+    """Delete the file wherever it lies, or nothing at all; what was deleted."""
+    found = [path for path in places(site.prefix) if path.is_file()]
+    if fixed := [path for path in found if not os.access(path.parent, os.W_OK | os.X_OK)]:
+        raise InputError(
+            f"cannot delete {' or '.join(map(str, fixed))}: no right to change {fixed[0].parent}; nothing was deleted",
+            hint="run it as the owner of that file; SEDAC_ENABLED=0 turns sedac off for a run",
+        )
+    gone: list[Path] = []
+    for path in found:
         try:
-            path.unlink()
-        except OSError as error:
+            delete(site, path)
+        except OSError as error:  # rights that cannot be asked for: immutable files, folders of many owners
+            done = f"deleted: {', '.join(map(str, gone))}" if gone else "nothing was deleted"
             raise InputError(
-                f"cannot delete {path}: {error.strerror}", hint="run it as the owner of that file"
+                f"cannot delete {path}: {error.strerror}; {done}", hint="run it as the owner of that file"
             ) from None
         gone.append(path)
-        ours = [path.parent] if path == user_place(site.prefix) else [path.parent, path.parent.parent]
-        for folder in ours:  # PREFIX/etc too, if nothing else is in it
-            with contextlib.suppress(OSError):
-                folder.rmdir()
     return gone
+
+
+def delete(site: Site, path: Path) -> None:
+    """A settings file, and the folders that nothing else is in."""
+    path.unlink()
+    ours = [path.parent] if path == user_place(site.prefix) else [path.parent, path.parent.parent]  # PREFIX/etc too
+    for folder in ours:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -186,10 +196,11 @@ def kept_on_failure(site: Site) -> Iterator[None]:
         yield
     except BaseException:
         for path, content in before.items():
-            if content is not None:
+            now = path.read_bytes() if path.is_file() else None
+            if content is not None and content != now:  # what was not touched may be another's, and read-only
                 path.write_bytes(content)
-            elif path.is_file():
-                turn_off(site)
+            elif content is None and now is not None:
+                delete(site, path)
         raise
 
 

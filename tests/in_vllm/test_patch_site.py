@@ -87,6 +87,64 @@ def test_a_place_that_cannot_be_written_falls_to_the_user_or_is_refused(environm
         sites.turn_on(site, {}, proved=False)
 
 
+def both_places(environment) -> tuple[Path, Path]:
+    """Settings in both places, as when an environment became writable later."""
+    own, shared = user_place(environment), environment_place(environment)
+    sites.turn_on(site_of(environment), {"gate": "always:2"}, proved=False)
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_bytes(shared.read_bytes())
+    return own, shared
+
+
+def test_what_cannot_all_be_turned_off_is_left_alone(environment, sedac, monkeypatch):
+    own, shared = both_places(environment)
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != shared.parent and may(path, mode))
+    with pytest.raises(InputError, match=f"cannot delete {shared}: .*; nothing was deleted"):
+        sites.turn_off(site_of(environment))
+    assert sedac("patch", "--python", environment / "bin" / "python", "--revert").code == 3
+    assert own.is_file()
+    assert shared.is_file()
+    monkeypatch.setattr(os, "access", may)
+    assert sedac("patch", "--python", environment / "bin" / "python", "--revert").code == 0
+    assert not own.exists()
+    assert not shared.exists()
+
+
+def test_a_revert_that_fails_half_way_says_what_is_gone(environment, monkeypatch):
+    own, shared = both_places(environment)
+    unlink = Path.unlink
+
+    def guarded(path, *more, **words):
+        if path == shared:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, *more, **words)
+
+    monkeypatch.setattr(Path, "unlink", guarded)
+    with pytest.raises(InputError, match=f"cannot delete {shared}: Operation not permitted; deleted: {own}"):
+        sites.turn_off(site_of(environment))
+    assert shared.is_file()
+    assert not own.exists()
+
+
+def test_a_failure_gives_back_the_users_own_file_too(environment, monkeypatch):
+    own, shared = both_places(environment)
+    before = own.read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: pytest.fail(f"{path} had not changed"))
+    sites.delete(site_of(environment), shared)
+    site = site_of(environment)
+
+    def fails():
+        with sites.kept_on_failure(site):
+            assert sites.turn_on(site, {"gate": "always:1"}, proved=False).path == shared
+            raise RuntimeError("the proof failed")
+
+    with pytest.raises(RuntimeError, match="the proof failed"):
+        fails()
+    assert own.read_bytes() == before
+    assert not shared.exists()
+
+
 def test_an_exchanged_vllm_is_stale_and_refused(environment):
     sites.turn_on(site_of(environment), {"gate": "always:2"}, proved=True)
     set_vllm(environment, "1.3.0")

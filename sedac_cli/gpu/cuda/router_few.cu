@@ -6,6 +6,7 @@
 
 #define THREADS 256
 #define EACH (UNITS / 8)
+#define MORE ((UNITS + 31) / 32)
 
 typedef Elem<T>::raw raw;
 
@@ -30,8 +31,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) router_few(
       w[e][i] = unit <= units && at < padded ? __ldg((const float4*)(matrix + (i64)unit * padded + at)) : make_float4(0, 0, 0, 0);
     }
   }
+  // What the end of the row needs, by the warp that will need it: asked for there, it would hold up the decision.
+  float outer_weight[MORE], row_sum[MORE], base = 0.0f, base_sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < MORE; ++i) outer_weight[i] = row_sum[i] = 0.0f;
+  if (warp == 0) {
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u <= units) outer_weight[i] = __ldg(outer + u - 1), row_sum[i] = __ldg(outer + units + u);
+    }
+    base = __ldg(bias), base_sum = __ldg(outer + units);
+  }
   settle();
   release();
+  const bool may = !may_skip || may_skip[row], counts = !real || real[row];
+  const float limit = number(threshold_at, threshold);
   const Rows rows = {outer_stride, inner, per_outer};
   const raw* p = hidden + rows.offset(row) + from;
   float sum = 0.0f;
@@ -82,15 +97,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) router_few(
     }
     const float rate = rsqrtf(warp_sum(deviation) / width + eps);
     float score = 0.0f;
-    for (int u = 1 + lane; u <= units; u += 32) {
-      const float z = (products[u] - mean * __ldg(outer + units + u)) * rate;
-      score = fmaf(__ldg(outer + u - 1), z / (1.0f + __expf(-z)), score);
+#pragma unroll
+    for (int i = 0; i < MORE; ++i) {
+      const int u = 1 + lane + i * 32;
+      if (u > units) continue;
+      const float z = (products[u] - mean * row_sum[i]) * rate;
+      score = fmaf(outer_weight[i], z / (1.0f + __expf(-z)), score);
     }
-    score = warp_sum(score) + (products[0] - mean * __ldg(outer + units)) * rate + __ldg(bias);
-    // !(score > t): a NaN runs the MLP, as everything unsure does.
-    const bool run = !(score > number(threshold_at, threshold)) || (may_skip && !may_skip[row]);
+    score = warp_sum(score) + (products[0] - mean * base_sum) * rate + base;
+    const bool run = !(score > limit) || !may;  // a NaN runs the MLP, as everything unsure does
     if (lane == 0) score_out[row] = score, run_out[row] = run;
-    need = run && (!real || real[row]);
+    need = run && counts;
   }
   publish_need(need, counter, gridDim.y, needs, handles, handle_count, has_opposite);
 }

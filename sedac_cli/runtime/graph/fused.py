@@ -18,9 +18,9 @@ from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Entry, Program
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
+from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.runtime.graph.state import KVCache, State
-from sedac_cli.standins import StandIn, ZeroStandIn
-from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+from sedac_cli.standins import StandIn
 from sedac_cli.structure import Decoder
 
 
@@ -33,7 +33,7 @@ class FusedStep:
         dtype = decoder.model.get_input_embeddings().weight.dtype
         self.ops = make_ops(rows, dtype, decoder.device)
         self.embedding = decoder.model.get_input_embeddings()
-        self.standins = standin_linears(standin, dtype, decoder.device)
+        self.standins = LinearStandIns(standin, dtype, decoder.device)
         head = decoder.model.get_output_embeddings()
         self.head = Linear([head.weight], [head.bias]) if type(head) is torch.nn.Linear else None
         self.either = None if self.ops.stops else Branches(decoder.device)
@@ -79,12 +79,8 @@ class FusedStep:
         self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
 
     def instead(self, index: int, entry: Entry, h: Tensor, need: Tensor | None = None) -> None:
-        if index not in self.standins:
-            return
-        inward, outward = self.standins[index]
-        # Two launches lie between the flag and these: it stands, whatever it was for the MLP.
-        z = self.ops.linear(entry.x, inward, activation="silu", need=need, when=False, settled=True, norm=entry.norm)
-        self.ops.linear(z, outward, residual=h, out=h, need=need, when=False, settled=True)
+        if index in self.standins:
+            self.standins(self.ops, index, entry.x, h, residual=h, need=need, norm=entry.norm)
 
     def blend(self, index: int, layer: Layer, entry: Entry, h: Tensor, scale: Tensor) -> None:
         """h += scale * MLP + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
@@ -97,19 +93,3 @@ class FusedStep:
         other = torch.zeros_like(h)
         self.instead(index, entry, other)
         h.add_(weight * y + (1 - weight) * other)
-
-
-def standin_linears(standin: StandIn, dtype: torch.dtype, device: torch.device) -> dict[int, tuple[Linear, Linear]]:
-    """Each trained stand-in as two linear maps, its rank filled up with zeros to what the kernels take."""
-    if isinstance(standin, ZeroStandIn):
-        return {}
-    if not isinstance(standin, LowRankStandIns):
-        raise InputError(f"the graph engine cannot run stand-ins of kind {type(standin).__name__}")
-
-    def pair(module: LowRank) -> tuple[Linear, Linear]:
-        pad = -module.rank % 8
-        a = torch.nn.functional.pad(module.a.detach(), (0, 0, 0, pad)).to(device, dtype).contiguous()
-        b = torch.nn.functional.pad(module.b.detach(), (0, pad)).to(device, dtype).contiguous()
-        return Linear([a], [None]), Linear([b], [module.bias.detach().to(device, dtype)])
-
-    return {layer: pair(module) for layer, module in standin.by_layer.items()}

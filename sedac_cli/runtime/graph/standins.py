@@ -1,0 +1,57 @@
+"""Trained stand-ins as the decode kernels run them: two linear maps each, so two launches, which a flag may stop.
+
+standins = LinearStandIns(plan.standin, torch.bfloat16, device)
+if layer in standins:
+    standins(ops, layer, x, h, residual=h, need=flag)       # h += stand-in, iff the flag is 0
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sedac_cli.errors import InputError
+from sedac_cli.runtime.graph.standard import Linear, Norm
+from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
+
+
+class HasLinear(Protocol):
+    """The one operation that stand-ins are made of; `ops.Ops` have it."""
+
+    def linear(
+        self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
+        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+
+class LinearStandIns:
+    def __init__(self, standin: StandIn, dtype: torch.dtype, device: torch.device):
+        if not isinstance(standin, ZeroStandIn | LowRankStandIns):
+            raise InputError(f"the decode kernels cannot run stand-ins of kind {type(standin).__name__}")
+        by_layer = standin.by_layer if isinstance(standin, LowRankStandIns) else {}
+        self.pairs = {layer: pair(module, dtype, device) for layer, module in by_layer.items()}
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self.pairs
+
+    def __call__(
+        self, ops: HasLinear, layer: int, x: Tensor, out: Tensor, *, residual: Tensor | None = None, need: Tensor | None = None,
+        norm: Norm | None = None,
+    ) -> None:  # fmt: skip
+        """Into `out`, iff there is no flag or it is 0. Called behind the MLP of the same flag, whose x and norm it takes."""
+        inward, outward = self.pairs[layer]
+        # The MLP's two launches lie between the flag and these: it stands, whatever it was for the MLP.
+        z = ops.linear(x, inward, activation="silu", need=need, when=False, settled=True, norm=norm)
+        ops.linear(z, outward, residual=residual, out=out, need=need, when=False, settled=True)
+
+
+def pair(module: LowRank, dtype: torch.dtype, device: torch.device) -> tuple[Linear, Linear]:
+    """The two maps, the rank filled up with zeros to what the kernels take. Where nothing is missing they are the module's own
+    memory."""
+    a, b, bias = (p.detach().to(device, dtype) for p in (module.a, module.b, module.bias))
+    if missing := -module.rank % 8:
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+    return Linear([a.contiguous()], [None]), Linear([b.contiguous()], [bias])

@@ -1,0 +1,128 @@
+"""MLPs of few rows in a captured pass: launches that a flag on the device stops, where more rows take nodes.
+
+A trained stand-in is two launches more, under the same flag turned round: one of the two writes the output, so nobody clears it.
+Behind a router an MLP's first launch begins before the decision: all flags are PENDING from the beginning of the step, and what
+the router writes is memory of its own, for the MLP's may be given out while the router still runs. Only where the graph is the
+whole step: in a piece of one nobody knows that its flags were made PENDING.
+
+    rows = FewRows(session, mode, flags, routers); rows.open(count=1, whole=True)      # a pass begins
+    out = rows.output(layer, x); router_score(..., **rows.router_memory(1)); y = rows.run(layer, x, out, flag)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sedac_cli.gpu.probe import RouterWeights, router_scratch
+from sedac_cli.gpu.skinny import FEW_ROWS, PENDING, fits_skinny
+from sedac_cli.runtime.graph.ops import KernelOps
+from sedac_cli.runtime.graph.standins import LinearStandIns
+from sedac_cli.standins import ZeroStandIn
+from sedac_cli.standins.lowrank import LowRankStandIns
+
+if TYPE_CHECKING:
+    from sedac_cli.vllm.device import DeviceSession
+
+
+class FewRows:
+    def __init__(self, session: DeviceSession, mode: str, flags: Tensor, routers: dict[int, RouterWeights]):
+        self.session, self.mode, self.flags = session, mode, flags
+        self.place = {layer: i for i, layer in enumerate(session.gated)}
+        self.ops = KernelOps()
+        self.whole = self.racing = False
+        self.outs: Tensor | None = None
+        """[places, rows, hidden]: zero where an MLP under a flag does not write."""
+        self.standins = LinearStandIns(ZeroStandIn(), torch.bfloat16, session.device)
+        self.memory: tuple[Tensor, Tensor, Tensor] | None = None
+        """Of routers that are raced: score, run, scratch."""
+        if not session.use_kernels:
+            return
+        self.standins = LinearStandIns(self.known(), torch.bfloat16, session.device)
+        if routers:
+            device = session.device
+            sizes = [router_scratch(FEW_ROWS, weights, device) for weights in routers.values()]
+            score, run = torch.empty(FEW_ROWS, device=device), torch.empty(FEW_ROWS, dtype=torch.bool, device=device)
+            self.memory = score, run, max(sizes, key=Tensor.numel)
+
+    def known(self) -> LowRankStandIns | ZeroStandIn:
+        """The stand-ins that this rank runs as launches: all ranks' outputs are summed, so one rank has them. They come to the
+        device here, so that steps without a graph read the same memory."""
+        session, standin = self.session, self.session.standin
+        if type(standin) is not LowRankStandIns:
+            return ZeroStandIn()
+        mine = [layer for layer in session.gated if layer in standin.by_layer and self.rank(layer) == 0]
+        return LowRankStandIns({layer: standin.by_layer[layer].to(session.device, torch.bfloat16) for layer in mine})
+
+    def rank(self, layer: int) -> int:
+        mlp = self.session.dense[layer]
+        return 0 if mlp is None else mlp.rank
+
+    def takes(self, count: int) -> bool:
+        """Whether a pass of so many rows runs under flags rather than in nodes."""
+        return self.session.use_kernels and count <= FEW_ROWS
+
+    # A pass -----------------------------------------------------------------------------------------------------
+
+    def open(self, count: int, whole: bool) -> None:
+        self.outs = None
+        self.whole = whole
+        self.racing = self.mode == "routers" and whole and self.takes(count)
+        if self.racing:
+            self.flags.fill_(PENDING)
+
+    def close(self) -> None:
+        self.outs = None
+
+    def router_memory(self, count: int) -> dict[str, Any]:
+        """What `router_score` takes more, where an MLP may begin while it runs."""
+        if not self.racing or self.memory is None:
+            return {}
+        score, run, scratch = self.memory
+        return {"out": (score[:count], run[:count]), "scratch": scratch}
+
+    def output(self, layer: int, x: Tensor) -> Tensor:
+        """Where the MLP writes. Before the router is launched: an MLP that races it must come right behind it."""
+        if self.rank(layer) != 0:
+            return self.cleared(layer, x)
+        if self.stands_in(layer, x):
+            return torch.empty_like(x)
+        instead = self.session.standin.rows(layer, x)
+        return self.cleared(layer, x) if instead is None else instead.to(x.dtype)
+
+    def stands_in(self, layer: int, x: Tensor) -> bool:
+        """Whether what stands in for these rows is two launches under the flag."""
+        return layer in self.standins and fits_skinny(x)
+
+    def cleared(self, layer: int, x: Tensor) -> Tensor:
+        """In a whole step one launch clears the outputs of all layers, and none stands between a norm and its MLP."""
+        if not self.whole:
+            return torch.zeros_like(x)
+        if self.outs is None:
+            self.outs = torch.zeros(len(self.place), *x.shape, dtype=x.dtype, device=x.device)
+        return self.outs[self.place[layer]]
+
+    def run(self, layer: int, x: Tensor, out: Tensor, flag: Tensor) -> Tensor:
+        mlp = self.session.dense[layer]
+        assert mlp is not None
+        mlp.few(x, out, flag, settled=self.settled(layer), racing=self.racing)
+        if self.stands_in(layer, x):
+            self.standins(self.ops, layer, x, out, need=flag)
+        return mlp.reduce(out)
+
+    def settled(self, layer: int) -> bool:
+        """Whether the launch just ahead of an MLP cannot be the one that writes its flag, so that weights need not wait: probes
+        speak an attention earlier; flags that are known are written ahead of the first MLP of a step."""
+        return self.whole and (self.mode == "probes" or (self.mode == "static" and self.place[layer] > 0))
+
+    def warm(self, layer: int, x: Tensor) -> None:
+        """All launches of a capture once, so that they are compiled."""
+        mlp = self.session.dense[layer]
+        if mlp is None or not self.takes(x.shape[0]):
+            return
+        flag, out = torch.ones(1, dtype=torch.int32, device=x.device), torch.empty_like(x)
+        mlp.few(x, out, flag)
+        if self.stands_in(layer, x):
+            self.standins(self.ops, layer, x, out, need=flag)
