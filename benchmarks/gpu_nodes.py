@@ -68,7 +68,7 @@ class Switches:
 
     def mark(self, graph: Any, before: dict[int, Any], place: int) -> None:
         rt = self.rt
-        attribute = rt.cudaLaunchAttributeID.cudaLaunchAttributeDeviceUpdatableKernelNode
+        attribute = rt.cudaKernelNodeAttributeDeviceUpdatableKernelNode
         for key, node in self.all_nodes(graph).items():
             if key in before:
                 continue
@@ -76,7 +76,7 @@ class Switches:
             if int(kind) != int(rt.cudaGraphNodeType.cudaGraphNodeTypeKernel):
                 self.other += 1
                 continue
-            value = rt.cudaLaunchAttributeValue()
+            value = rt.cudaKernelNodeAttrValue()
             value.deviceUpdatableKernelNode.deviceUpdatable = 1
             self.check(rt.cudaGraphKernelNodeSetAttribute(node, attribute, value), "cudaGraphKernelNodeSetAttribute")
             handle = int(value.deviceUpdatableKernelNode.devNode)

@@ -59,10 +59,10 @@ def skinny_constants(
     }  # fmt: skip
 
 
-def skinny_bytes(constants: dict[str, int], x_bytes: int = 0) -> int:
+def skinny_bytes(constants: dict[str, int], held: int = 0) -> int:
     """Shared memory that holds what is in flight and, after it, rows of x."""
     per_step = 2 * (2 if constants["GATED"] else constants["TILES"])
-    return constants["STAGES"] * per_step * 32 * constants["WARPS"] * 16 + (x_bytes if constants["XS"] else 0)
+    return constants["STAGES"] * per_step * 32 * constants["WARPS"] * 16 + (held if constants["XS"] else 0)
 
 
 def room_for_x(constants: dict[str, int], per_processor: int) -> int:
@@ -70,6 +70,19 @@ def room_for_x(constants: dict[str, int], per_processor: int) -> int:
     matrices = 2 if constants["GATED"] else constants["TILES"]
     sums = constants["WARPS"] * matrices * min(2, constants["NT"]) * 512 + 256
     return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
+
+
+def norms_within(x: Tensor, norm: RowNorm) -> bool:
+    """Whether a gated launch has room to norm these rows itself."""
+    if x.shape[0] > FEW_ROWS or norm[0].data_ptr() % 16:
+        return False
+    form = skinny_constants(kind(x, "x"), 1, True, 1, 1, True)
+    return x_bytes(x) <= room_for_x(form, properties(device_index(x.device)).shared_memory_per_multiprocessor)
+
+
+def x_bytes(x: Tensor) -> int:
+    """Of its rows in shared memory, where they lie 64 bytes further apart than they are long."""
+    return x.shape[0] * (x.shape[1] * x.element_size() + 64)
 
 
 def fits_skinny(x: Tensor) -> bool:
@@ -136,8 +149,10 @@ def skinny_gated(
     _check(x, [gate, up])
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-    if norm is not None and (ready is not None or racing):
-        raise ValueError("a launch that races its decision takes x as it is")
+    if norm is not None and (ready is not None or racing) and not norms_within(x, norm):
+        raise ValueError(
+            "a launch that races its decision cannot follow a norm's: these rows do not fit in shared memory"
+        )
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     _check_rows(out, "out", x.shape[0], gate.shape[0], x)
     job = _Job(x, [gate, up], list(biases or []), -(-gate.shape[0] // 16), out, activation, norm=norm, gated=True)
@@ -177,8 +192,8 @@ class _Job:
         per_block = 2 if not self.gated and self.tiles > most else 1
         items = -(-self.tiles // per_block)
         form = (kind(x, "x"), groups, self.gated, ACTIVATIONS[self.activation], per_block, items > most)
-        x_bytes = rows * (width * x.element_size() + 64)
-        fits = rows <= 8 and x_bytes <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
+        held = x_bytes(x)
+        fits = rows <= 8 and held <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
         if norm is not None and (not fits or norm[0].data_ptr() % 16):
             x, norm = rms_norm(x, *norm), None
         constants = skinny_constants(*form, x_source=0 if not fits else 1 if norm is None else 2, races=races)
@@ -189,7 +204,7 @@ class _Job:
         weight, eps, plus_one = norm or (None, 0.0, False)
         launch(
             "skinny", "skinny", constants, x.device, early=True, grid=(min(items, most),), threads=32 * constants["WARPS"],
-            shared=skinny_bytes(constants, x_bytes),
+            shared=skinny_bytes(constants, held),
             args=[
                 x, I64(x.stride(0)), I32(rows), I32(width), *w, *b, *n,
                 residual, I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),

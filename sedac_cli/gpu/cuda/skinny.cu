@@ -79,7 +79,7 @@ __device__ __forceinline__ Item item_of(
   return item;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) skinny(
+extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
     int when, int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one) {

@@ -31,8 +31,8 @@ from sedac_cli.runtime.graph.standard import Norm
 @dataclass(frozen=True)
 class Entry:
     """What an MLP begins with: x, which goes through `norm` first unless that is None, and the flag it hangs on, if any. `settled`: no
-    launch that may still run writes the flag; otherwise the one just ahead does. `ready`: that one has written x once this counter
-    has this value, and then only decides."""
+    launch that may still run writes the flag; otherwise the one just ahead does. `ready`: x may be read once this counter has this
+    value; that launch then only decides."""
 
     x: Tensor
     norm: Norm | None = None
@@ -139,7 +139,7 @@ class GateProgram(Program):
 
 
 class LearnedProgram(Program):
-    """A router per layer: norm and router are one launch, and the MLP may begin when the norm is there."""
+    """A router per layer: norm and router are one launch, and the MLP may begin when its input is there."""
 
     def __init__(self, gate: LearnedGate, rows: int, device: torch.device):
         super().__init__(gate.num_layers, rows, device)
@@ -177,10 +177,13 @@ class LearnedProgram(Program):
         if self.scratch is None:
             self.scratch = decode.norm_route_scratch(self.rows, hidden.shape[1], self.device)
         ready = self.marks[self.num_layers + layer : self.num_layers + layer + 1]
+        within = ops.norms_within(hidden, norm)
         x, _, _ = decode.norm_route(
             hidden, norm.weight, norm.eps, self.weights[layer], self.scratch, threshold=self.limit, plus_one=norm.plus_one,
-            may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready,
+            may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready, x_is_enough=within,
         )  # fmt: skip
+        if within:
+            return Entry(hidden, norm, need, ready=(ready, PENDING + 1))
         return Entry(x, need=need, ready=(ready, PENDING + decode.norm_route_parts(*hidden.shape)))
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
