@@ -90,6 +90,10 @@ class Blend(nn.Module):
         self.seen: Any = None
         self.jitter: Any = None
 
+    def look(self, x: Tensor) -> Any:
+        """What the router reads. Detached: it learns from its choice, the layers before it do not learn to please it."""
+        return (x if self.entering is None else self.entering).detach()
+
     def shaken(self, score: Tensor) -> Tensor:
         """Score plus logistic noise. A straight-through gradient shows a skipped token all the harm of its own choice and
         a kept one none of it, so without noise every score is drawn to the limit; tossed both ways, each sees both."""
@@ -109,8 +113,7 @@ class Blend(nn.Module):
         if not control.on:
             return y
         if self.router is not None:
-            # detached: a router learns from its choice, the layers before it do not learn to please it
-            self.seen = (x if self.entering is None else self.entering).detach()
+            self.seen = self.look(x)
             with torch.autocast(x.device.type, enabled=False):
                 score = self.shaken(self.router(self.seen))
             if self.latch and control.running is not None:
@@ -136,6 +139,7 @@ def blended(
     sinks: int,
     compile_layers: bool = False,
     part: tuple[int, int] = (0, 1),
+    kind: type[Blend] = Blend,
 ) -> Iterator[Control]:
     """Put a Blend in the place of every gated MLP; on leaving, the model is as it was."""
     control = Control(sinks=sinks, part=part)
@@ -146,7 +150,7 @@ def blended(
             if branch.entry is not branch.exit:
                 raise InputError(f"layer {layer} has no single MLP module ({branch.name}): it cannot be distilled")
             owner, name = _owner(decoder.model, branch.name)
-            blend = Blend(branch.entry, standin, routers.get(layer), control, latch)
+            blend = kind(branch.entry, standin, routers.get(layer), control, latch)
             setattr(owner, name, blend)
             undo.append((owner, name, branch.entry))
             control.layers[layer] = blend

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sedac_cli.gpu.reference import kl_of_logits, row_chunks
 from sedac_cli.models import LoadedModel
-from sedac_cli.pipeline.distill.blend import blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.train import Trainer
 
@@ -27,14 +26,10 @@ def measure_curve(trainer: Trainer, held: Tensor, shares: tuple[float, ...] = SH
     Scores move when earlier layers skip, so a limit is set twice: from the dense scores, then from the gated ones.
     """
     decoder, device = trainer.decoder, trainer.device
-    latch = trainer.options.gate == "cascade"
     shares = tuple(s for s in shares if s <= 0.97 * trainer.table.ceiling)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     batches = [ids.long().to(device) for ids in held.split(BATCH)]
-    with (
-        blended(decoder, trainer.standins, trainer.routers, latch=latch, sinks=trainer.options.sinks) as control,
-        autocast,
-    ):
+    with trainer.form() as control, autocast:
         control.on = False
         dense = [decoder.last_hidden(ids) for ids in batches]
         control.on, control.noise = True, torch.zeros((), device=device)

@@ -22,7 +22,7 @@ from sedac_cli.errors import UsageError
 from sedac_cli.gates.learned import Router
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
-from sedac_cli.pipeline.distill.blend import NEVER, Control, blended
+from sedac_cli.pipeline.distill.blend import NEVER, Blend, Control, blended
 from sedac_cli.pipeline.distill.budget import BudgetTable
 from sedac_cli.pipeline.distill.loop import Loop, LoopOptions
 from sedac_cli.pipeline.distill.loss import kl_loss
@@ -74,6 +74,8 @@ class LatchRouter(nn.Module):
 
 
 class Trainer(Loop):
+    blend = Blend
+
     def __init__(
         self, loaded: LoadedModel, windows: Tensor, options: DistillOptions, state_file: Path | None = None,
         progress: Progress = quiet_progress, world: World | None = None,
@@ -159,10 +161,18 @@ class Trainer(Loop):
         ]
 
     def running(self) -> contextlib.AbstractContextManager[Control]:
+        return self.form(self.options.compile)
+
+    def form(self, compile_layers: bool = False) -> contextlib.AbstractContextManager[Control]:
+        """The model in its training form: for the steps, and for the curve after them."""
         return blended(
             self.decoder, self.standins, self.routers, latch=self.options.gate == "cascade", sinks=self.options.sinks,
-            compile_layers=self.options.compile, part=(self.world.rank, self.world.size),
+            compile_layers=compile_layers, part=(self.world.rank, self.world.size), kind=self.blend,
         )  # fmt: skip
+
+    def objective(self, kl: Tensor, dense: Tensor, gated: Tensor) -> Tensor:
+        """What is minimised, from the batch's KL and the last hidden states [B, T, H] of both passes."""
+        return kl
 
     def compute(self, control: Control, done: float) -> Tensor:
         ids = self.draw()
@@ -180,7 +190,7 @@ class Trainer(Loop):
         with self.autocast():
             gated = self.decoder.last_hidden(ids)
             loss = kl_loss(dense.flatten(0, 1), gated.flatten(0, 1), self.decoder)
-        loss.backward()
+        self.objective(loss, dense, gated).backward()
         control.hold_budget()
         scores = control.scores()
         skipped = (scores > control.limit).float().mean() * self.table.ceiling
