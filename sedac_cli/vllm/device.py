@@ -101,7 +101,7 @@ class DeviceSession(Session):
             force = force | ~np.isnan(
                 rows.strict
             )  # these kernels hold one threshold for all; every MLP is stricter still
-        state = np.where(force, MUST_RUN, MAY_SKIP).astype(np.int32)
+        state = np.where(force | (rows.position < self.gate.guards.sinks), MUST_RUN, MAY_SKIP).astype(np.int32)
         if is_batch_max(self.gate):
             state[rows.prefill] = PADDING
         sinks = self.gate.guards.sinks
@@ -123,6 +123,18 @@ class DeviceSession(Session):
             prefill=self.gate.guards.prefill, force=state == MUST_RUN, strict=strict,
         )  # fmt: skip
 
+    def masks_alone(self, count: int) -> TokenState:
+        """As `start`, for launches that read two masks: the host has said of each row what the guards say of it. Each launch that
+        a captured step begins with is 2 us of every step."""
+        state = self.inputs.state(count)
+        made = TokenState(
+            shape=(1, count), scale=torch.empty(count, device=self.device),
+            exit_layer=torch.empty(count, dtype=torch.int32, device=self.device), may_skip=state == MAY_SKIP,
+            real=state > PADDING,
+        )  # fmt: skip
+        self.gate.prepare(made)
+        return made
+
     def look(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         assert self.capture is not None
         capturing = torch.cuda.is_current_stream_capturing()
@@ -138,7 +150,8 @@ class DeviceSession(Session):
 
     def fresh(self, count: int, capturing: bool = False) -> TokenState:
         if self.state is None:
-            self.state = self.start(count)
+            launched = capturing and self.capture is not None and self.capture.mode in ("probes", "routers")
+            self.state = self.masks_alone(count) if launched else self.start(count)
             if capturing and self.capture is not None:
                 self.capture.open(count)
         return self.state

@@ -123,6 +123,7 @@ class FewRows:
         if mlp is None or not self.takes(x.shape[0]):
             return
         flag, out = torch.ones(1, dtype=torch.int32, device=x.device), torch.empty_like(x)
-        mlp.few(x, out, flag)
+        for racing in (False, True) if self.mode == "routers" else (False,):
+            mlp.few(x, out, flag, racing=racing)
         if self.stands_in(layer, x):
             self.standins(self.ops, layer, x, out, need=flag)

@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
   if (ready) release();  // the next launch waits for the count before it reads anything
   settle();
   if (!ready) release();
-  else if (x_is_enough && blockIdx.x + blockIdx.y + threadIdx.x == 0) raise(ready);
+  if (ready && x_is_enough && blockIdx.x + blockIdx.y + threadIdx.x == 0) raise(ready);
   const raw* p = x + row * x_stride;
   const bool aligned = ((u64)p & 15) == 0;
   const bool may = !may_skip || may_skip[row], counts = !real || real[row];

@@ -10,8 +10,8 @@
 // `standing` says what is known of the flag. 1: no launch that may still run writes it (if it is PENDING all the same, this one
 // waits). 0: the launch ahead writes it; the first weights are asked for before it has ended, since memory is idle while it
 // decides. With RACES the work begins as soon as x is there, which `*ready` reaching `parts` says (without `ready`: it was before
-// the launch ahead began), and runs beside that launch's decision: a block looks at the flag after every step until it is no
-// longer PENDING.
+// the launch ahead began), and runs beside that launch's decision: until the flag is no longer PENDING one thread of a block looks
+// at it after every step and tells the others, who wait for nobody.
 // Constants: T (1, 2), NT (8 rows of x each), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
 // ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm.
@@ -132,8 +132,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     if ((threadIdx.x + h * THREADS) * 8 < k) norm_weight[h] = __ldg((const uint4*)norm + threadIdx.x + h * THREADS);
 #endif
 #if RACES
+  __shared__ volatile int verdict;
   // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
-  if (ready && threadIdx.x == 0) wait_for(ready, parts);
+  if (threadIdx.x == 0) {
+    verdict = PENDING;
+    if (ready) wait_for(ready, parts);
+  }
   __syncthreads();
 #else
   settle();
@@ -215,16 +219,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   for (int index = blockIdx.x; index < items; index += LOOP ? gridDim.x : items) {
   float sum[MT][NT][4] = {};
   for (int step = 0; step < steps; ++step, ++taken) {
-    if (RACES && !known && step < k / STEP) {  // all warps take that many steps
-      const int found = __syncthreads_or(seen == PENDING ? 0 : closed(seen) ? 2 : 1);
-      if (found & 2) {
-        copy_async_wait<0>();
-        settle();
-        return;
+#if RACES
+    if (!known) {
+      if (threadIdx.x == 0) {
+        if (seen == PENDING) seen = *flag;
+        else verdict = seen;
       }
-      known = found;
-      if (threadIdx.x == 0) seen = *flag;
+      const int now = __shfl_sync(0xffffffffu, verdict, 0);  // one answer for a warp: its products need all lanes
+      known = now != PENDING;
+      if (known && closed(now)) break;
     }
+#endif
     const int next = step + X_AHEAD;
     fetch(LOOP && X_AHEAD && next >= steps ? next - steps : next, x_ahead[X_AHEAD]);
     const uint4 (&q)[NT] = x_ahead[0];
@@ -246,6 +251,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
       for (int c = 0; c < NT; ++c) x_ahead[ahead_by][c] = x_ahead[ahead_by + 1][c];
     ask();
   }
+#if RACES
+  // One warp may have seen what another has not: they leave together.
+  if (__syncthreads_or(known && closed(verdict))) {
+    copy_async_wait<0>();
+    settle();
+    return;
+  }
+#endif
   const Item item = LOOP ? item_of(index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2) : ahead;
   // The warps' shares, two groups of 8 rows at a time.
 #pragma unroll
