@@ -34,7 +34,7 @@ from sedac_cli.gpu.decode import (  # noqa: E402
 )
 from sedac_cli.gpu.packed import PackedMlp  # noqa: E402
 from sedac_cli.gpu.probe import RouterWeights  # noqa: E402
-from sedac_cli.gpu.skinny import PENDING, norms_within, skinny_gated, skinny_linear  # noqa: E402
+from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear  # noqa: E402
 
 HIDDEN, WIDE, VOCAB = 3584, 18944, 152064
 HEADS = Heads(28, 4, 128, 128, 128**-0.5)
@@ -138,13 +138,11 @@ def chain(bench: Bench, rows: int, places: int) -> None:
                 continue
             need, x, mlp_norm, ready = flag, h, norm, None
             if routed:
-                need, counter, within = marks[0, i : i + 1], marks[1, i : i + 1], norms_within(h, norm)
+                need, counter, mlp_norm = marks[0, i : i + 1], marks[1, i : i + 1], None
                 x, _, _ = norm_route(
-                    h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need, decided=decided, ready=counter,
-                    x_is_enough=within,
-                )  # fmt: skip
-                ready = counter, PENDING + (1 if within else norm_route_parts(rows, HIDDEN))
-                mlp_norm = norm if within else None
+                    h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need, decided=decided, ready=counter
+                )
+                ready = counter, PENDING + norm_route_parts(rows, HIDDEN)
             z = skinny_gated(x, w["gate"], w["up"], "silu", need=need, settled=not routed, ready=ready, norm=mlp_norm)
             skinny_linear(z, [w["down"]], residual=h, out=h, need=need, settled=True)
 

@@ -58,7 +58,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         for act in (1, 2, 3) if gated else (0, 1):
             for per_block, loop in product((1,) if gated else (1, 2), (False, True)):
                 for x_source in (0, 1, 2) if nt == 1 else (0,):
-                    for races in (False, True) if gated else (False,):
+                    for races in (False, True) if gated and x_source < 2 else (False,):
                         yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop, x_source, races)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}

@@ -74,7 +74,7 @@ def attend_constants(
     element: int, size: int, heads: Heads, rows: int, places: int, processors: int, clusters: bool = False
 ) -> dict[str, int]:
     """`size`: bytes of an element. As many shares as give every multiprocessor two blocks. With clusters, the blocks of a group are
-    one where that leaves none more than MOST_TILES tiles of keys: what it saves is memory between them, 2 us a layer."""
+    one where that leaves none more than MOST_TILES tiles of keys: they need no memory between them."""
     keys = 32 if heads.size * size <= 512 else 16
     splits = max(1, min(32, -(-places // keys), 2 * processors // (rows * heads.key)))
     constants = {"T": element, "ENTRY": 2, "D": heads.size, "G": heads.group, "KEYS": keys, "SPLITS": splits}
@@ -162,19 +162,17 @@ def norm_route(
     arm: Handles | None = None,
     decided: tuple[Tensor, Tensor] | None = None,
     ready: Tensor | None = None,
-    x_is_enough: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch.
 
     `ready` (int32, one entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it,
-    `decided` must be given and, like `scratch`, outlive what starts then. `x_is_enough`: what starts norms x itself, so `ready` is
-    raised by one as soon as x may be read, and x is what is returned."""
+    `decided` must be given and, like `scratch`, outlive what starts then."""
     rows, width = x.shape
     if width != router.width:
         raise ValueError(f"rows of {width}; the router reads {router.width}")
     if ready is not None and decided is None:
         raise ValueError("ready without decided: memory that is freed here might be written beside the decision")
-    out = None if x_is_enough else torch.empty_like(x)
+    out = torch.empty_like(x)
     score, run = decided or (
         torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
     )  # fmt: skip
@@ -185,12 +183,12 @@ def norm_route(
         "norm_route", "norm_route", constants, x.device, early=True, grid=(-(-width // SLICE), rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
-            out, I64(x.stride(0) if out is None else out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,
+            out, I64(out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,
             F32(router.eps), scratch, counters(x.device), *number(threshold, "threshold", x.device), score, run,
             flat(may_skip, "may_skip", rows, x.device, *MASK), flat(real, "real", rows, x.device, *MASK),
             flat(needs, "needs", 1, x.device, torch.int32), None if arm is None else arm.table,
             I32(0 if arm is None else arm.count), I32(0 if arm is None else int(arm.has_opposite)),
-            flat(ready, "ready", 1, x.device, torch.int32), I32(int(x_is_enough)),
+            flat(ready, "ready", 1, x.device, torch.int32),
         ],
     )  # fmt: skip
-    return x if out is None else out, score, run
+    return out, score, run

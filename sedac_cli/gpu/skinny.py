@@ -72,14 +72,6 @@ def room_for_x(constants: dict[str, int], per_processor: int) -> int:
     return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
 
 
-def norms_within(x: Tensor, norm: RowNorm) -> bool:
-    """Whether a gated launch has room to norm these rows itself."""
-    if x.shape[0] > FEW_ROWS or norm[0].data_ptr() % 16:
-        return False
-    form = skinny_constants(kind(x, "x"), 1, True, 1, 1, True)
-    return x_bytes(x) <= room_for_x(form, properties(device_index(x.device)).shared_memory_per_multiprocessor)
-
-
 def x_bytes(x: Tensor) -> int:
     """Of its rows in shared memory, where they lie 64 bytes further apart than they are long."""
     return x.shape[0] * (x.shape[1] * x.element_size() + 64)
@@ -149,10 +141,8 @@ def skinny_gated(
     _check(x, [gate, up])
     if gate.shape != up.shape:
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
-    if norm is not None and (ready is not None or racing) and not norms_within(x, norm):
-        raise ValueError(
-            "a launch that races its decision cannot follow a norm's: these rows do not fit in shared memory"
-        )
+    if norm is not None and (ready is not None or racing):
+        raise ValueError("a launch that races its decision takes x as it is")
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     _check_rows(out, "out", x.shape[0], gate.shape[0], x)
     job = _Job(x, [gate, up], list(biases or []), -(-gate.shape[0] // 16), out, activation, norm=norm, gated=True)

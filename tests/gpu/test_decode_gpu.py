@@ -17,7 +17,7 @@ from torch import Tensor
 from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.probe import RouterWeights
-from sedac_cli.gpu.skinny import PENDING, norms_within, skinny_gated, skinny_linear
+from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,19 +92,15 @@ def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
 
 @pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
 @pytest.mark.parametrize("rows", [1, 8])
-@pytest.mark.parametrize("itself", [False, True], ids=["normed", "norms itself"])
-def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size, itself):
+def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size):
     """Five layers in a graph, replayed without a pause, against the same launches with a wait after each."""
     make = {"dtype": torch.bfloat16, "scale": width**-0.5}
     layers = [(random(size, width, **make), random(size, width, **make), random(width, size, **make)) for _ in range(5)]
     routers = [RouterWeights.pack(router_of(width, 16, "cuda"), "cuda") for _ in layers]
     norm = torch.ones(width, dtype=torch.bfloat16, device="cuda")
-    inside = (norm, 1e-6, False)
-    if itself and not norms_within(torch.empty(rows, width, dtype=torch.bfloat16, device="cuda"), inside):
-        pytest.skip("these rows do not fit in shared memory")
     start, h = random(rows, width, dtype=torch.bfloat16), random(rows, width, dtype=torch.bfloat16)
     marks = torch.zeros(2, len(layers), dtype=torch.int32, device="cuda")
-    needs, parts = marks[0], PENDING + (1 if itself else decode.norm_route_parts(rows, width))
+    needs, parts = marks[0], PENDING + decode.norm_route_parts(rows, width)
     limits = torch.zeros(len(layers), device="cuda")
     decided = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
     scratch = decode.norm_route_scratch(rows, width, h.device)
@@ -124,13 +120,10 @@ def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size
                 needs=need,
                 decided=decided,
                 ready=ready,
-                x_is_enough=itself,
             )
             if not races:
                 torch.cuda.synchronize()
-            z = skinny_gated(
-                x, gate, up, "silu", need=need, ready=(ready, parts) if races else None, norm=inside if itself else None
-            )
+            z = skinny_gated(x, gate, up, "silu", need=need, ready=(ready, parts) if races else None)
             skinny_linear(z, [down], residual=h, out=h, need=need, settled=True)
 
     graph, _ = captured(lambda: step(True))

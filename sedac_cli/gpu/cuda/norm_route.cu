@@ -2,8 +2,7 @@
 // without weights, run = !(score > t). A block norms the whole row but writes, and multiplies with the router, only its
 // SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
 // of an RMSNorm, so its mean is small against its deviation and nothing cancels.
-// `ready` is for a launch that begins before the decision is made: it counts the blocks whose part of y is there or, with `x_is_enough`,
-// says (1 more) that x is.
+// `ready` counts the blocks whose part of y is there, for a launch that begins before the decision is made.
 // `outer` holds the outer weights and, after them, the sum of each row of `matrix`.
 // Constants: T, SLICE (a multiple of 256), UNITS (1 + hidden units, padded to a multiple of 8).
 
@@ -12,17 +11,11 @@ typedef Elem<T>::raw raw;
 #define THREADS 256
 #define EACH (UNITS / 8)  // products per warp
 #define MORE ((UNITS + 31) / 32)
-__device__ __forceinline__ void raise(int* counter) {
-  __threadfence();
-  atomicAdd(counter, 1);
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
     const float* matrix, int padded, const float* outer, int units, const float* bias, float norm_eps, float* partial,
     u32* counter, const float* threshold_at, float threshold, float* score_out, u8* run_out, const u8* may_skip,
-    const u8* real, int* needs, const u64* handles, int handle_count, int has_opposite, int* ready,
-    int x_is_enough) {
+    const u8* real, int* needs, const u64* handles, int handle_count, int has_opposite, int* ready) {
   __shared__ __align__(16) float slice[SLICE];
   __shared__ float shared[32], products[UNITS + 2];
   __shared__ bool last;
@@ -56,10 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     }
     base = __ldg(bias), base_sum = __ldg(outer + units);
   }
-  if (ready) release();  // the next launch waits for the count before it reads anything
   settle();
-  if (!ready) release();
-  if (ready && x_is_enough && blockIdx.x + blockIdx.y + threadIdx.x == 0) raise(ready);
+  release();
   const raw* p = x + row * x_stride;
   const bool aligned = ((u64)p & 15) == 0;
   const bool may = !may_skip || may_skip[row], counts = !real || real[row];
@@ -75,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     float y = 0.0f;
     if (from + in_slice < width) {
       const raw stored = narrow<T>(normed(widen<T>(own[i]), scale, norm_weight[i], plus_one));
-      if (out) out[row * out_stride + from + in_slice] = stored;
+      out[row * out_stride + from + in_slice] = stored;
       y = widen<T>(stored);
     }
     slice[in_slice] = y;
@@ -83,7 +74,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     square = fmaf(y, y, square);
   }
   __syncthreads();  // `slice` is there, and this block's part of `out`
-  if (ready && !x_is_enough && threadIdx.x == 0) raise(ready);
+  if (ready && threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(ready, 1);
+  }
   sum = block_sum(sum, shared);
   square = block_sum(square, shared);
   float* mine = partial + ((i64)row * gridDim.x + blockIdx.x) * (UNITS + 2);

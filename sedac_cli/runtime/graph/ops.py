@@ -39,10 +39,6 @@ class Ops(Protocol):
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
 
-    def norms_within(self, x: Tensor, norm: Norm) -> bool:
-        """Whether `gated` norms these rows in its own launch."""
-        ...
-
     def attend(
         self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,
         norms: tuple[Norm, Norm] | None,
@@ -87,9 +83,6 @@ class KernelOps:
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
 
-    def norms_within(self, x: Tensor, norm: Norm) -> bool:
-        return skinny.norms_within(x, (norm.weight, norm.eps, norm.plus_one))
-
     def attend(
         self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,
         norms: tuple[Norm, Norm] | None,
@@ -107,9 +100,6 @@ class WideOps(KernelOps):
     """Matrices by cuBLAS, the rest by the decode kernels."""
 
     stops = False
-
-    def norms_within(self, x: Tensor, norm: Norm) -> bool:
-        return False
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
@@ -165,9 +155,6 @@ class TwinOps:
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode_reference.rms_norm(x, norm.weight, norm.eps, norm.plus_one)
-
-    def norms_within(self, x: Tensor, norm: Norm) -> bool:
-        return True
 
     def attend(
         self, qkv: Tensor, heads: Heads, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor, first: Tensor,

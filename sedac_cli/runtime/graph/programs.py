@@ -177,13 +177,10 @@ class LearnedProgram(Program):
         if self.scratch is None:
             self.scratch = decode.norm_route_scratch(self.rows, hidden.shape[1], self.device)
         ready = self.marks[self.num_layers + layer : self.num_layers + layer + 1]
-        within = ops.norms_within(hidden, norm)
         x, _, _ = decode.norm_route(
             hidden, norm.weight, norm.eps, self.weights[layer], self.scratch, threshold=self.limit, plus_one=norm.plus_one,
-            may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready, x_is_enough=within,
+            may_skip=self.may_skip, real=self.real, needs=need, decided=self.decided, ready=ready,
         )  # fmt: skip
-        if within:
-            return Entry(hidden, norm, need, ready=(ready, PENDING + 1))
         return Entry(x, need=need, ready=(ready, PENDING + decode.norm_route_parts(*hidden.shape)))
 
     def decide_on(self, layer: int, x: Tensor) -> Tensor | None:
