@@ -27,7 +27,9 @@ I32, I64, F32 = np.int32, np.int64, np.float32
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SOURCES = Path(__file__).parent / "cuda"
 SHARED_SOURCES = ("primitives.cuh", "common.cuh")
-OWN = {"entropy": ("entropy_state.cuh",)}
+OWN = {
+    "entropy": ("entropy_state.cuh",), "norm_route": ("router_parts.cuh",), "router_few": ("router_parts.cuh",),
+}  # fmt: skip
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every chip with clusters takes; more must be asked for."""
 OPTIONS = ("-std=c++17", "-ftz=true")

@@ -3,14 +3,10 @@
 // SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
 // of an RMSNorm, so its mean is small against its deviation and nothing cancels.
 // `ready` counts the blocks whose part of y is there, for a launch that begins before the decision is made.
-// `outer` holds the outer weights and, after them, the sum of each row of `matrix`.
-// Constants: T, SLICE (a multiple of 256), UNITS (1 + hidden units, padded to a multiple of 8).
+// Constants: T and those of router_parts.cuh.
 
 typedef Elem<T>::raw raw;
 
-#define THREADS 256
-#define EACH (UNITS / 8)  // products per warp
-#define MORE ((UNITS + 31) / 32)
 extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
     const float* matrix, int padded, const float* outer, int units, const float* bias, float norm_eps, float* partial,
@@ -18,37 +14,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     const u8* real, int* needs, const u64* handles, int handle_count, int has_opposite, int* ready) {
   __shared__ __align__(16) float slice[SLICE];
   __shared__ float shared[32], products[UNITS + 2];
-  __shared__ bool last;
   const int row = blockIdx.y, from = blockIdx.x * SLICE, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  // The router's weights depend on nothing: they are on their way while the row is normed.
-  float4 w[EACH][SLICE / 128];
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) {
-    const int unit = warp + e * 8;
-#pragma unroll
-    for (int i = 0; i < SLICE / 128; ++i) {
-      const int at = from + (lane + i * 32) * 4;
-      w[e][i] = unit <= units && at < padded ? __ldg((const float4*)(matrix + (i64)unit * padded + at)) : make_float4(0, 0, 0, 0);
-    }
-  }
+  SliceWeights weights;
+  weights.load(matrix, units, padded, from, warp, lane);
   float norm_weight[SLICE / THREADS];
 #pragma unroll
   for (int i = 0; i < SLICE / THREADS; ++i) {
     const int at = from + threadIdx.x + i * THREADS;
     norm_weight[i] = at < width ? widen<T>(weight[at]) : 0.0f;
   }
-  // What the end of the row needs, by the warp that will need it.
-  float outer_weight[MORE], row_sum[MORE], base = 0.0f, base_sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < MORE; ++i) outer_weight[i] = row_sum[i] = 0.0f;
-  if (warp == 0) {
-#pragma unroll
-    for (int i = 0; i < MORE; ++i) {
-      const int u = 1 + lane + i * 32;
-      if (u <= units) outer_weight[i] = __ldg(outer + u - 1), row_sum[i] = __ldg(outer + units + u);
-    }
-    base = __ldg(bias), base_sum = __ldg(outer + units);
-  }
+  OuterWeights ends;
+  ends.load(outer, bias, units, warp, lane);
   settle();
   release();
   const raw* p = x + row * x_stride;
@@ -81,46 +57,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
   sum = block_sum(sum, shared);
   square = block_sum(square, shared);
   float* mine = partial + ((i64)row * gridDim.x + blockIdx.x) * (UNITS + 2);
-#pragma unroll
-  for (int e = 0; e < EACH; ++e) {
-    float dot = 0.0f;
-#pragma unroll
-    for (int i = 0; i < SLICE / 128; ++i) {
-      const float4 v = *(const float4*)&slice[(lane + i * 32) * 4];
-      dot = fmaf(w[e][i].x, v.x, fmaf(w[e][i].y, v.y, fmaf(w[e][i].z, v.z, fmaf(w[e][i].w, v.w, dot))));
-    }
-    dot = warp_sum(dot);
-    if (lane == 0) mine[warp + e * 8] = dot;
-  }
+  weights.multiply(slice, mine, warp, lane);
   if (threadIdx.x == 0) mine[UNITS] = sum, mine[UNITS + 1] = square;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(counter + 1 + row, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
-  for (int u = threadIdx.x; u < UNITS + 2; u += THREADS) {
-    const float* one = partial + (i64)row * gridDim.x * (UNITS + 2) + u;
-    float y = 0.0f;
-#pragma unroll 16
-    for (int b = 0; b < (int)gridDim.x; ++b) y += __ldcg(one + (i64)b * (UNITS + 2));
-    products[u] = y;
-  }
-  __syncthreads();
+  if (!arrive_last(counter + 1 + row, gridDim.x)) return;
+  add_blocks(partial + (i64)row * gridDim.x * (UNITS + 2), UNITS + 2, products);
   bool need = false;
   if (warp == 0) {
     const float mean = products[UNITS] / width, rate = rsqrtf(products[UNITS + 1] / width - mean * mean + norm_eps);
-    float score = 0.0f;
-#pragma unroll
-    for (int i = 0; i < MORE; ++i) {
-      const int u = 1 + lane + i * 32;
-      if (u > units) continue;
-      const float z = (products[u] - mean * row_sum[i]) * rate;
-      score = fmaf(outer_weight[i], z / (1.0f + __expf(-z)), score);
-    }
-    score = warp_sum(score) + (products[0] - mean * base_sum) * rate + base;
+    const float score = ends.score(products, units, mean, rate, lane);
     const bool run = !(score > limit) || !may;
     if (lane == 0) score_out[row] = score, run_out[row] = run;
     need = run && counts;
