@@ -23,6 +23,7 @@ VARIABLE = "SEDAC_HANDSHAKE_DIR"
 def report(role: str, facts: dict[str, Any]) -> None:
     folder = os.environ.get(VARIABLE)
     if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         name = f"{role}-{os.uname().nodename}-{os.getpid()}-{facts.get('rank', 0)}.json"
         write_json(Path(folder) / name, {"role": role, "time": time.time(), **facts})
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vllm.sedac")
 SECONDS = 1.0
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Metrics:
@@ -31,6 +34,8 @@ class Metrics:
 
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge
+
+        share_values()
 
         def gauge(name: str, text: str, *labels: str) -> Any:
             return Gauge(name, text, ["rank", *labels], multiprocess_mode="mostrecent")
@@ -50,6 +55,21 @@ class Metrics:
         if cls._made is None:
             cls._made = cls()
         return cls._made
+
+
+def share_values() -> None:
+    """Have values kept where PROMETHEUS_MULTIPROC_DIR says. prometheus_client looks at it when it is imported, which in a worker
+    of Ray's is before vLLM sets it there; and a folder of another machine cannot be written."""
+    from prometheus_client import values
+
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    shared = Path(folder).is_dir()
+    if not shared:
+        log.warning("sedac: this worker's metrics are not shown: %s=%s is no folder here", FOLDER, folder)
+    if shared != (values.ValueClass is not values.MutexValue):
+        values.ValueClass = values.MultiProcessValue() if shared else values.MutexValue
 
 
 class Reporter:

@@ -151,9 +151,10 @@ def take_option(words: list[str], name: str) -> tuple[list[str], dict[str, Any]]
 
 def environment_of(options: ServeOptions, reports: Path, metrics: Path) -> dict[str, str]:
     environment = dict(os.environ)
-    environment |= {handshake.VARIABLE: str(reports), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    ours = {handshake.VARIABLE: str(reports), "PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    environment |= ours
     copied = [name for name in environment.get("VLLM_RAY_EXTRA_ENV_VARS_TO_COPY", "").split(",") if name]
-    environment["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join([*copied, handshake.VARIABLE])
+    environment["VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"] = ",".join([*copied, *ours])
     if options.api_key:
         environment["VLLM_API_KEY"] = options.api_key  # not on a command line that `ps` shows
     if options.control:
@@ -204,9 +205,30 @@ def running(command: list[str], environment: dict[str, str], grace: float) -> It
             server.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 server.wait(grace)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # workers that outlived it, or all of them after the grace
+        kill_session(server.pid)  # workers that outlived it, or all of them after the grace
         server.wait()
+
+
+def kill_session(leader: int) -> None:
+    """Its process group, and those of other groups in its session: workers of a Ray that vLLM has started lead their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    killed: set[int] = set()
+    while left := session_members(leader) - killed:  # again: one of them may have started another meanwhile
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        killed |= left
+
+
+def session_members(leader: int) -> set[int]:
+    """None where there is no /proc."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(path.name)) == leader:
+                found.add(int(path.name))
+    return found
 
 
 def wait_until_healthy(server: subprocess.Popen[bytes], url: str, seconds: float, stopping: list[int]) -> bool:

@@ -49,7 +49,7 @@ def offline(
         env=os.environ | {"PYTHONPATH": path} | (environment or {}), timeout=600, cwd=folder.parent,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith('{"rounds"')][-1])
 
 
 def expected(model, spec, prompts=PROMPTS, tokens=8):
@@ -111,6 +111,41 @@ def test_speculation_prefix_caching_and_chunked_prefill(model, drafts):
     assert 0 < status["skip_ratio"] < 1
     exits, skipped = status["exits"], status["skipped"]
     assert [sum(exits[: layer + 1]) for layer in range(4)] == skipped
+
+
+@pytest.mark.parametrize("how", ["small", "itself"])
+def test_a_draft_model_is_left_as_it_is(model, tmp_path, how):
+    """Two models in one worker: the target alone is gated and counted, and what it says is what it says without speculation.
+    `small`: another shape, eager. `itself`: the same weights ungated, so exactly the same layers, compiled with one cache."""
+    from sedac_cli.vllm.handshake import read_reports, require_workers
+
+    _, folder, probes = model
+    spec = f"cascade:{probes}/thresholds.json"
+    shape = SIZE | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    draft = save_tiny(tmp_path / "draft", "qwen2", seed=1, **shape) if how == "small" else folder
+    reports, cache = tmp_path / "reports", tmp_path / "cache"
+    environment = {
+        "SEDAC_HANDSHAKE_DIR": str(reports), "VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "VLLM_CPU_CI_ENV": "1" if how == "small" else "0",
+    }  # fmt: skip
+    found = offline(
+        folder, {"gate": spec}, environment, tokens=24, metrics=True, enforce_eager=how == "small",
+        speculative_config={"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2},
+    )  # fmt: skip
+    want, _ = expected(model, spec, tokens=24)
+    assert found["rounds"][0] == want
+    (status,) = found["status"]
+    require_workers(read_reports(reports), 1, status["digest"])
+    assert status["layers"] == [0, 1, 2, 3]
+    assert 0 < status["skip_ratio"] < 1
+    spent = {name: int(value) for name, value in found["metrics"].items()}
+    verified = spent["vllm:spec_decode_num_drafts"] + spent["vllm:spec_decode_num_draft_tokens"]
+    accepted = spent["vllm:spec_decode_num_accepted_tokens"]
+    assert len(PROMPTS) * 23 == spent["vllm:spec_decode_num_drafts"] + accepted, (
+        "a step without a draft, or one too many"
+    )
+    assert status["tokens"] == sum(map(len, PROMPTS)) + verified
+    assert how == "small" or accepted > 0  # the draft is the dense model: it agrees now and then
 
 
 def test_two_ranks_decide_alike(model):

@@ -68,3 +68,25 @@ def test_a_count_that_seems_to_shrink_is_not_told_twice():
         session.counters.skipped[0] = seen
         reporter.tick(session)
     assert values(reporter.metrics) == (calls + 12, skipped + 12)
+
+
+def test_values_go_where_the_environment_says_when_they_are_made(tmp_path, monkeypatch, caplog):
+    """A worker of Ray's imports prometheus_client before it hears of the folder; on another machine there is none."""
+    from prometheus_client import CollectorRegistry, Counter, values
+
+    from sedac_cli.vllm.metrics import share_values
+
+    def written(name):
+        share_values()
+        Counter(name, "text", registry=CollectorRegistry()).inc()
+        return [path.name.split("_")[0] for path in tmp_path.iterdir()]
+
+    monkeypatch.setattr(values, "ValueClass", values.MutexValue)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    assert written("without") == []
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    assert written("elsewhere") == []
+    assert "is no folder here" in caplog.text
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert written("here") == ["counter"]
