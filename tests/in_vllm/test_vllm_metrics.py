@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,7 @@ def test_values_go_where_the_environment_says_when_they_are_made(tmp_path, monke
         Counter(name, "text", registry=CollectorRegistry()).inc()
         return [path.name.split("_")[0] for path in tmp_path.iterdir()]
 
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM, once imported, keeps its lines to itself
     monkeypatch.setattr(values, "ValueClass", values.MutexValue)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     assert written("without") == []
