@@ -12,9 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from sedac_cli.gpu.batch import SHAPES
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
 from sedac_cli.gpu.entropy import FEW, MANY
@@ -54,12 +56,14 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
         yield "route", {"WIDTH": width, "KEY": key, "TWO": two}
     yield "conditional", {"SET_CONDITION": 1}
-    for t, nt, gated in product((1, 2), (1, 2, 4, 8), (0, 1)):
+    for t, gated in product((1, 2), (False, True)):
         for act in (1, 2, 3) if gated else (0, 1):
-            for per_block, loop in product((1,) if gated else (1, 2), (False, True)):
-                for x_source in (0, 1, 2) if nt == 1 else (0,):
-                    for races in (False, True) if gated and x_source < 2 else (False,):
-                        yield "skinny", skinny_constants(t, nt, bool(gated), act, per_block, loop, x_source, races)
+            for per_block, loop, x_source in product((1,) if gated else (1, 2), (False, True), (0, 1, 2)):
+                for races in (False, True) if gated and x_source < 2 else (False,):
+                    yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races)
+            for made, stages, races in product(SHAPES, (2, 3, 4), (False, True) if gated else (False,)):
+                if stages <= made.stages:
+                    yield "batch", replace(made, stages=stages).constants(t, gated, act, races)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
@@ -87,6 +91,9 @@ def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
         return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 2 else 0
     if family == "skinny":
         return skinny_bytes(constants)
+    if family == "batch":
+        batch = next(shape for shape in SHAPES if shape.groups == constants["NT"])
+        return replace(batch, stages=constants["STAGES"]).shared
     if family == "entropy":
         return next(form for form in (FEW, MANY) if form.group == constants["GROUP"]).shared
     if family != "probe" or constants["RANKS"]:
@@ -122,8 +129,8 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
     try:
         refuse_shared(family, fixed, dynamic, LIMITS[arch] * 1024)
     except RuntimeError as error:
-        # Three stages are what the wrapper goes down to on small chips; more are tried on every chip, and not used there.
-        if constants.get("STAGES", 0) <= 3:
+        # What the wrapper goes down to on small chips must fit; more stages are tried on every chip, and not used there.
+        if constants.get("STAGES", 0) <= (2 if family == "batch" else 3):
             return False, str(error)
     return True, f"registers {'/'.join(registers)}, spilled bytes {'/'.join(spills)}, shared {fixed} + {dynamic}"
 
@@ -133,7 +140,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
         "--only",
-        help="one family: entropy, probe, router, router_few, route, conditional, skinny, decode, norm_route, activate",
+        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, decode, norm_route, activate",
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")

@@ -1,6 +1,6 @@
 """Linear layers for few rows: the weights are read once at the speed of memory, and a gate can stop the launch on the device.
 
-Rows 1..64, float16 and bfloat16, a hidden width divisible by 8. `need` (int32, one entry, on the device) makes the launch
+Up to 8 rows go through cuda/skinny.cu, more through cuda/batch.cu. Rows 1..64, float16 and bfloat16, a hidden width divisible by 8. `need` (int32, one entry, on the device) makes the launch
 conditional: with when=True it works iff need != 0, with when=False iff need == 0. `settled`: the launch just ahead does not
 write `need`, so weights may be asked for before it has ended. What is not computed is not touched, so a
 gated MLP that adds to the residual in place costs nothing when it is skipped. `norm`: x goes through this RMSNorm first, within
@@ -15,17 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.compile import F32, I32, I64, device_index, kind, launch, properties
+from sedac_cli.gpu.batch import COUNTERS, shape_of
+from sedac_cli.gpu.compile import F32, I32, I64, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.decode import rms_norm
 from sedac_cli.gpu.tensors import flat
 
 MAX_SKINNY_ROWS = 64
 FEW_ROWS = 8
-"""Up to here weights are read faster than by cuBLAS, or as fast (benchmarks/results/gpu_decode.json)."""
+"""Up to here x is small beside the weights, and each block reads all of it."""
+BATCH_ROWS = 32
+"""Up to here a step is faster with these kernels than with cuBLAS, and a closed gate needs no node."""
 WARPS = 16
 STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads."""
@@ -38,7 +42,6 @@ ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 def skinny_constants(
     element: int,
-    tiles: int,
     gated: bool,
     act: int,
     per_block: int,
@@ -51,9 +54,9 @@ def skinny_constants(
     many at a time."""
     narrow = per_block == 2 and not loop
     stages, warps = (2 * STAGES, WARPS // 2) if narrow else (STAGES, WARPS)
-    direct = x_source or tiles > 2 or (per_block == 2 and loop)
+    direct = x_source or (per_block == 2 and loop)
     return {
-        "T": element, "NT": tiles, "TILES": per_block, "GATED": int(gated), "ACT": act,
+        "T": element, "TILES": per_block, "GATED": int(gated), "ACT": act,
         "STAGES": max(2, stages // (2 if gated else per_block)), "X_AHEAD": 0 if direct else 2 if narrow else 1,
         "WARPS": warps, "LOOP": int(loop), "XS": x_source, "RACES": int(races),
     }  # fmt: skip
@@ -68,7 +71,7 @@ def skinny_bytes(constants: dict[str, int], held: int = 0) -> int:
 def room_for_x(constants: dict[str, int], per_processor: int) -> int:
     """Bytes of x that fit beside the rest, two blocks to a multiprocessor."""
     matrices = 2 if constants["GATED"] else constants["TILES"]
-    sums = constants["WARPS"] * matrices * min(2, constants["NT"]) * 512 + 256
+    sums = constants["WARPS"] * matrices * 512 + 256
     return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
 
 
@@ -113,8 +116,7 @@ def skinny_linear(
     _check_rows(out, "out", x.shape[0], sum(rows), x)
     if residual is not None:
         _check_rows(residual, "residual", x.shape[0], sum(rows), x)
-    given = list(biases or [])
-    job = _Job(x, weights, given, sum(-(-n // 16) for n in rows), out, activation, residual, norm)
+    job = _Job(x, weights, list(biases or []), out, activation, residual, norm)
     job.launch(need, when, settled)
     return out
 
@@ -145,7 +147,7 @@ def skinny_gated(
         raise ValueError("a launch that races its decision takes x as it is")
     out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     _check_rows(out, "out", x.shape[0], gate.shape[0], x)
-    job = _Job(x, [gate, up], list(biases or []), -(-gate.shape[0] // 16), out, activation, norm=norm, gated=True)
+    job = _Job(x, [gate, up], list(biases or []), out, activation, norm=norm, gated=True)
     job.launch(need, when, settled, ready, racing)
     return out
 
@@ -155,7 +157,6 @@ class _Job:
     x: Tensor
     weights: Sequence[Tensor]
     biases: Sequence[Tensor | None]
-    tiles: int
     out: Tensor
     activation: str
     residual: Tensor | None = None
@@ -170,37 +171,61 @@ class _Job:
         ready: tuple[Tensor, int] | None = None,
         racing: bool = False,
     ) -> None:
-        x, residual, norm, out = self.x, self.residual, self.norm, self.out
-        found = properties(device_index(x.device))
-        races = need is not None and (racing or ready is not None) and found.major >= 9
-        if not races:
-            ready = None  # before Hopper no launch begins before the one ahead has ended
-        rows, width = x.shape
-        groups = next(count for count in (1, 2, 4, 8) if rows <= 8 * count)
-        # Two tiles a block once one each would be more blocks than run at a time.
-        most = 2 * found.multi_processor_count
-        per_block = 2 if not self.gated and self.tiles > most else 1
-        items = -(-self.tiles // per_block)
-        form = (kind(x, "x"), groups, self.gated, ACTIVATIONS[self.activation], per_block, items > most)
-        held = x_bytes(x)
-        fits = rows <= 8 and held <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
-        if norm is not None and (not fits or norm[0].data_ptr() % 16):
-            x, norm = rms_norm(x, *norm), None
-        constants = skinny_constants(*form, x_source=0 if not fits else 1 if norm is None else 2, races=races)
+        device = self.x.device
+        races = need is not None and (racing or ready is not None) and properties(device_index(device)).major >= 9
+        # Before Hopper no launch begins before the one ahead has ended.
+        counter, parts = (ready if races else None) or (None, 0)
+        flags = [flat(need, "need", 1, device, torch.int32), I32(int(when)), I32(int(settled))]
+        awaited = [flat(counter, "ready", 1, device, torch.int32), I32(parts)]
+        (self.few if self.x.shape[0] <= FEW_ROWS else self.batch)(races, flags, awaited)
+
+    def operands(self, x: Tensor) -> list[Any]:
+        """What both kernels take first."""
+        residual, out = self.residual, self.out
         w: list[Tensor | None] = [*self.weights, *[None] * (3 - len(self.weights))]
         b: list[Tensor | None] = [*self.biases, *[None] * (3 - len(self.biases))]
         n = [I32(0 if one is None else one.shape[0]) for one in w]
-        counter, parts = ready or (None, 0)
+        return [
+            x, I64(x.stride(0)), I32(x.shape[0]), I32(x.shape[1]), *w, *b, *n, residual,
+            I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
+        ]  # fmt: skip
+
+    def few(self, races: bool, flags: list[Any], awaited: list[Any]) -> None:
+        x, norm = self.x, self.norm
+        found = properties(device_index(x.device))
+        tiles = sum(-(-w.shape[0] // 16) for w in (self.weights[:1] if self.gated else self.weights))
+        # Two tiles a block once one each would be more blocks than run at a time.
+        most = 2 * found.multi_processor_count
+        per_block = 2 if not self.gated and tiles > most else 1
+        items = -(-tiles // per_block)
+        form = (kind(x, "x"), self.gated, ACTIVATIONS[self.activation], per_block, items > most)
+        held = x_bytes(x)
+        fits = held <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
+        if norm is not None and (not fits or norm[0].data_ptr() % 16):
+            x, norm = rms_norm(x, *norm), None
+        constants = skinny_constants(*form, x_source=0 if not fits else 1 if norm is None else 2, races=races)
         weight, eps, plus_one = norm or (None, 0.0, False)
         launch(
             "skinny", "skinny", constants, x.device, early=True, grid=(min(items, most),), threads=32 * constants["WARPS"],
             shared=skinny_bytes(constants, held),
             args=[
-                x, I64(x.stride(0)), I32(rows), I32(width), *w, *b, *n,
-                residual, I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
-                flat(need, "need", 1, x.device, torch.int32), I32(int(when)), I32(int(settled)), I32(items),
-                flat(counter, "ready", 1, x.device, torch.int32), I32(parts), flat(weight, "norm", width, x.device, x.dtype),
-                F32(eps), I32(int(plus_one)),
+                *self.operands(x), *flags, I32(items), *awaited, flat(weight, "norm", x.shape[1], x.device, x.dtype), F32(eps),
+                I32(int(plus_one)),
+            ],
+        )  # fmt: skip
+
+    def batch(self, races: bool, flags: list[Any], awaited: list[Any]) -> None:
+        x = self.x if self.norm is None else rms_norm(self.x, *self.norm)
+        found = properties(device_index(x.device))
+        shape = shape_of(x.shape[0], found.shared_memory_per_block_optin)
+        tiles = shape.tiles([w.shape[0] for w in self.weights], self.gated)
+        grid = shape.grid(tiles, x.shape[1], found.multi_processor_count)
+        launch(
+            "batch", "batch", shape.constants(kind(x, "x"), self.gated, ACTIVATIONS[self.activation], races), x.device,
+            early=True, grid=(grid,), threads=shape.threads, shared=shape.shared,
+            args=[
+                *self.operands(x), *flags, I32(tiles), *awaited, torch.empty(shape.parts(grid), device=x.device),
+                counters(x.device)[COUNTERS:],
             ],
         )  # fmt: skip
 

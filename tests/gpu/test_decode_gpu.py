@@ -71,7 +71,7 @@ def test_gated(dtype, rows, activation, width, size):
     close(activation, skinny_gated(x, gate, up, activation), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("rows", [1, 12, 30, 50])
 @pytest.mark.parametrize("when", [True, False])
 @pytest.mark.parametrize("need", [0, 1])
 def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
@@ -91,7 +91,7 @@ def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
 
 
 @pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 13, 32, 64])
 def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size):
     """Five layers in a graph, replayed without a pause, against the same launches with a wait after each."""
     make = {"dtype": torch.bfloat16, "scale": width**-0.5}

@@ -1,6 +1,6 @@
 // y = act(x W^T + b) (+ residual) for few rows of x: the weights are read once, at the speed of memory.
 //
-// The tensor cores do the sums (W is the 16-row operand, x the 8-column one), whatever the number of rows up to 8 NT. A lane
+// The tensor cores do the sums (W is the 16-row operand, x the 8-column one), whatever the number of rows up to 8. A lane
 // loads 16 bytes of two weight rows and of one x row at the same k, and hands them over as they are: the order of k within a
 // product does not matter as long as both sides agree, so lanes exchange nothing. Shared memory only holds what is in flight
 // (registers would: the compiler then kept 4 loads in flight of 14). The WARPS of a block share k in turns and add up at last. Rows of up to three matrices stand one after the other (q, k, v);
@@ -12,16 +12,15 @@
 // decides. With RACES the work begins as soon as x is there, which `*ready` reaching `parts` says (without `ready`: it was before
 // the launch ahead began), and runs beside that launch's decision: until the flag is no longer PENDING one thread of a block looks
 // at it after every step and tells the others, who wait for nobody.
-// Constants: T (1, 2), NT (8 rows of x each), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
+// Constants: T (1, 2), TILES (16 rows of W each, an item's), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
 // ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm.
 
 #define THREADS (32 * WARPS)
 #define STEP (32 * WARPS)
 #define MT (GATED ? 2 : TILES)
-#define GROUP_NT (NT < 2 ? NT : 2)
 #define PENDING (-1)
-#define AHEAD (NT == 1 && !LOOP)  // one element of the output a thread, known before the sums
+#define AHEAD (!LOOP)  // one element of the output a thread, known before the sums
 #define RING (STAGES * MT * 2 * THREADS * 16)
 #define HELD (512 / THREADS)  // vectors of the norm's weight that a thread has in registers
 
@@ -98,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     }
   }
   DYNAMIC_SHARED(dynamic);
-  __shared__ float partial[WARPS][MT][GROUP_NT][4][32];
+  __shared__ float partial[WARPS][MT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   // A lane reads back only what it copied itself: its ring of STAGES steps needs no barrier. The ring runs on from one item of
   // this block to its next, so the memory bus is busy while an item's sums are put together.
@@ -192,21 +191,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
   __syncthreads();
 #endif
-  uint4 x_ahead[X_AHEAD + 1][NT];
-  auto fetch = [&](int step, uint4 (&q)[NT]) {
+  uint4 x_ahead[X_AHEAD + 1];
+  auto fetch = [&](int step, uint4& q) {
     const int at = mine + step * STEP;
-#pragma unroll
-    for (int c = 0; c < NT; ++c) {
-      q[c] = make_uint4(0, 0, 0, 0);
-      const int r = c * 8 + g;
-      if (r >= m || at >= k) continue;
+    q = make_uint4(0, 0, 0, 0);
+    if (g >= m || at >= k) return;
 #if XS
-      q[c] = *(const uint4*)(here + r * pitch + at * 2);
+    q = *(const uint4*)(here + g * pitch + at * 2);
 #else
-      const uint4* from = (const uint4*)(x + r * x_stride + at);
-      q[c] = RACES ? __ldcg(from) : *from;
+    const uint4* from = (const uint4*)(x + g * x_stride + at);
+    q = RACES ? __ldcg(from) : *from;
 #endif
-    }
   };
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
@@ -217,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   bool known = !RACES;
   int taken = 0;
   for (int index = blockIdx.x; index < items; index += LOOP ? gridDim.x : items) {
-  float sum[MT][NT][4] = {};
+  float sum[MT][4] = {};
   for (int step = 0; step < steps; ++step, ++taken) {
 #if RACES
     if (!known) {
@@ -232,23 +227,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #endif
     const int next = step + X_AHEAD;
     fetch(LOOP && X_AHEAD && next >= steps ? next - steps : next, x_ahead[X_AHEAD]);
-    const uint4 (&q)[NT] = x_ahead[0];
+    const uint4& q = x_ahead[0];
     copy_async_wait<STAGES - 1>();
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
       const uint4* slot = (const uint4*)dynamic + (taken % STAGES * MT + i) * 2 * THREADS + threadIdx.x;
       const uint4 a = slot[0], b = slot[THREADS];
       const u32 first[4] = {a.x, b.x, a.y, b.y}, second[4] = {a.z, b.z, a.w, b.w};
-#pragma unroll
-      for (int c = 0; c < NT; ++c) {
-        mma_16x8x16<T>(sum[i][c], first, q[c].x, q[c].y);
-        mma_16x8x16<T>(sum[i][c], second, q[c].z, q[c].w);
-      }
+      mma_16x8x16<T>(sum[i], first, q.x, q.y);
+      mma_16x8x16<T>(sum[i], second, q.z, q.w);
     }
 #pragma unroll
-    for (int ahead_by = 0; ahead_by < X_AHEAD; ++ahead_by)
-#pragma unroll
-      for (int c = 0; c < NT; ++c) x_ahead[ahead_by][c] = x_ahead[ahead_by + 1][c];
+    for (int ahead_by = 0; ahead_by < X_AHEAD; ++ahead_by) x_ahead[ahead_by] = x_ahead[ahead_by + 1];
     ask();
   }
 #if RACES
@@ -260,44 +250,39 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
 #endif
   const Item item = LOOP ? item_of(index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2) : ahead;
-  // The warps' shares, two groups of 8 rows at a time.
+  // The warps' shares.
+  __syncthreads();  // the last item's readers are done
 #pragma unroll
-  for (int from = 0; from < NT; from += GROUP_NT) {
-    __syncthreads();  // the last group's readers are done
+  for (int i = 0; i < MT; ++i)
 #pragma unroll
-    for (int i = 0; i < MT; ++i)
+    for (int j = 0; j < 4; ++j) partial[warp][i][j][lane] = sum[i][j];
+  __syncthreads();
+  for (int e = threadIdx.x; e < 128; e += THREADS) {
+    const int j = e / 32 % 4, l = e % 32;
+    const int r = l % 4 * 2 + j % 2, in_tile = l / 4 + (j / 2) * 8;
+    if (r >= m) continue;
+    float total[MT];
 #pragma unroll
-      for (int c = 0; c < GROUP_NT; ++c)
+    for (int i = 0; i < MT; ++i) {
+      const int at = item.tile[i] * 16 + in_tile;
+      total[i] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) partial[warp][i][c][j][lane] = sum[i][from + c][j];
-    __syncthreads();
-    for (int e = threadIdx.x; e < GROUP_NT * 128; e += THREADS) {
-      const int c = e / 128, j = e / 32 % 4, l = e % 32;
-      const int r = (from + c) * 8 + l % 4 * 2 + j % 2, in_tile = l / 4 + (j / 2) * 8;
-      if (r >= m) continue;
-      float total[MT];
+      for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][j][l];
+      if (AHEAD) total[i] += last_bias[i];
+      else if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
+    }
 #pragma unroll
-      for (int i = 0; i < MT; ++i) {
-        const int at = item.tile[i] * 16 + in_tile;
-        total[i] = 0.0f;
-#pragma unroll
-        for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][c][j][l];
-        if (AHEAD) total[i] += last_bias[i];
-        else if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
-      }
-#pragma unroll
-      for (int i = 0; i < (GATED ? 1 : MT); ++i) {
-        const int at = item.tile[i] * 16 + in_tile;
-        if (at >= item.n[i]) continue;
-        float y = total[i];
+    for (int i = 0; i < (GATED ? 1 : MT); ++i) {
+      const int at = item.tile[i] * 16 + in_tile;
+      if (at >= item.n[i]) continue;
+      float y = total[i];
 #if GATED
-        y = rounded(activate(rounded(y))) * rounded(total[1]);
+      y = rounded(activate(rounded(y))) * rounded(total[1]);
 #else
-        if (ACT) y = activate(rounded(y));
-        if (residual) y = (AHEAD ? last_residual[i] : widen<T>(residual[r * r_stride + item.column[i] + at])) + rounded(y);
+      if (ACT) y = activate(rounded(y));
+      if (residual) y = (AHEAD ? last_residual[i] : widen<T>(residual[r * r_stride + item.column[i] + at])) + rounded(y);
 #endif
-        out[r * out_stride + item.column[i] + at] = narrow<T>(y);
-      }
+      out[r * out_stride + item.column[i] + at] = narrow<T>(y);
     }
   }
   }

@@ -1,0 +1,73 @@
+"""What the linear kernel for the rows of a batch (cuda/batch.cu) is made of: tiles, ring, blocks. `skinny.py` launches it.
+
+shape = shape_of(rows=32, shared=227 * 1024)
+shape.constants(element=2, gated=True, act=1, races=False), shape.grid(tiles, width, processors=132)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+COUNTERS = 16384
+"""Where its counters begin among those of the stream: a launch may run beside a router's, which uses the first."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    groups: int
+    """Of 8 rows of x."""
+    matrix_tiles: int
+    """16 rows of W each, a warp's."""
+    across: int
+    """Warps side by side in rows of W."""
+    deep: int
+    """Warps side by side in k."""
+    stages: int
+    pieces: int
+    """128 bytes of a row each, in a step."""
+    blocks: int
+    """Of a multiprocessor."""
+
+    @property
+    def tile(self) -> int:
+        return 16 * self.matrix_tiles * self.across
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.across * self.deep
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a step in the ring."""
+        return (self.tile + 8 * self.groups) * 128 * self.pieces
+
+    @property
+    def shared(self) -> int:
+        return self.stages * self.slot
+
+    def constants(self, element: int, gated: bool, act: int, races: bool) -> dict[str, int]:
+        return {
+            "T": element, "NT": self.groups, "GATED": int(gated), "ACT": act, "MI": self.matrix_tiles, "WR": self.across,
+            "WK": self.deep, "STAGES": self.stages, "KC": self.pieces, "RACES": int(races),
+        }  # fmt: skip
+
+    def tiles(self, matrices: list[int], gated: bool) -> int:
+        """Of matrices of so many rows; of two gated ones a tile takes half its rows each."""
+        return -(-matrices[0] // (self.tile // 2)) if gated else sum(-(-n // self.tile) for n in matrices)
+
+    def grid(self, tiles: int, width: int, processors: int) -> int:
+        return min(processors * self.blocks, tiles * -(-width // (64 * self.pieces)))
+
+    def parts(self, grid: int) -> int:
+        """Floats in which blocks leave their shares of tiles, two a block."""
+        return 2 * grid * self.tile * 8 * self.groups
+
+
+SHAPES = (Shape(2, 1, 4, 2, 4, 2, 2), Shape(4, 1, 8, 2, 4, 2, 1), Shape(8, 2, 4, 2, 3, 2, 1))
+"""For up to 16, 32 and 64 rows, chosen by the time of whole steps on an H200."""
+
+
+def shape_of(rows: int, shared: int) -> Shape:
+    """With as many steps in the ring as a block has shared memory for."""
+    shape = next(shape for shape in SHAPES if rows <= 8 * shape.groups)
+    return replace(shape, stages=min(shape.stages, (shared - 1024) // shape.slot))
