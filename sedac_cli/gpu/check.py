@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sedac_cli.gpu.batch import SHAPES
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
-from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants
+from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_slice
 from sedac_cli.gpu.entropy import FEW, MANY
 from sedac_cli.gpu.probe import FOUR, ROUTER_SLICE, TWO, shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
@@ -67,14 +67,16 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
-        yield "decode", {"T": t, "ENTRY": 1}
-        for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
-            heads = Heads(group, 1, size, size, 1.0)
-            for places in (4096, 256, 1024):
-                yield "decode", attend_constants(t, 2 if t else 4, heads, 1, places, 132, True)
-    for t, units in product(range(3), (8, 24, 72)):
-        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units}
-        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
+        yield "norm", {"T": t}
+    for t, (size, group) in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4))):
+        for places, shared, clusters in ((4096, 227, True), (256, 163, False), (1024, 99, False)):
+            yield (
+                "attend",
+                attend_constants(t, Heads(group, 1, size, size, 1.0), 1, places, 132, shared * 1024, clusters),
+            )
+    for t, units, rows in product(range(3), (8, 24, 72), (1, 32)):
+        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units}
+        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units, "SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
@@ -87,8 +89,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
 
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
-    if family == "decode":
-        return attend_bytes(constants, 4 if constants["T"] == 0 else 2) if constants["ENTRY"] == 2 else 0
+    if family == "attend":
+        return attend_bytes(constants)
     if family == "skinny":
         return skinny_bytes(constants)
     if family == "batch":
@@ -140,7 +142,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
         "--only",
-        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, decode, norm_route, activate",
+        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, norm, attend, norm_route, activate",
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")

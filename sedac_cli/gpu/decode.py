@@ -1,6 +1,6 @@
 """What a decode step does between its matrices, one launch each: RMSNorm; rotary positions, cache write and attention.
 
-Float32, float16 and bfloat16; head sizes divisible by 16 up to 256; up to 16 query heads per key head. Positions and lengths
+Attention in float16 and bfloat16; head sizes divisible by 16 up to 256; up to 16 query heads per key head. Positions and lengths
 are read on the device, so one captured step serves every position.
 
     x = rms_norm(h, weight, 1e-6)
@@ -18,10 +18,12 @@ from sedac_cli.gpu.compile import F32, I32, I64, counters, device_index, kind, l
 from sedac_cli.gpu.probe import MAX_UNITS, Handles, RouterWeights
 from sedac_cli.gpu.tensors import MASK, Number, flat, number
 
-SLICE = 256
-"""Elements of a row that a block of norm_route multiplies with the router."""
 MAX_HEAD, MAX_GROUP = 256, 16
 MAX_CLUSTER, MOST_TILES = 16, 4
+KEYS, WARPS, STAGES = 16, 4, 2
+"""Of attention: keys of a tile, warps of a block, tiles in a warp's ring where they fit."""
+RESERVED = 16 * 1024
+"""Bytes of shared memory that attention declares beside the rings, at most."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     out = torch.empty_like(x) if out is None else out
     if x.shape[0]:
         launch(
-            "decode", "rms_norm", {"T": kind(x, "x"), "ENTRY": 1}, x.device, early=True, grid=(x.shape[0],), threads=256,
+            "norm", "rms_norm", {"T": kind(x, "x")}, x.device, early=True, grid=(x.shape[0],), threads=256,
             args=[
                 x, I64(x.stride(0)), I32(x.shape[1]), flat(weight, "weight", x.shape[1], x.device, x.dtype), F32(eps),
                 I32(int(plus_one)), out, I64(out.stride(0)),
@@ -71,23 +73,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
 
 
 def attend_constants(
-    element: int, size: int, heads: Heads, rows: int, places: int, processors: int, clusters: bool = False
+    element: int, heads: Heads, rows: int, places: int, processors: int, shared: int, clusters: bool = False
 ) -> dict[str, int]:
-    """`size`: bytes of an element. As many shares as give every multiprocessor two blocks. With clusters, the blocks of a group are
-    one where that leaves none more than MOST_TILES tiles of keys: they need no memory between them."""
-    keys = 32 if heads.size * size <= 512 else 16
-    splits = max(1, min(32, -(-places // keys), 2 * processors // (rows * heads.key)))
-    constants = {"T": element, "ENTRY": 2, "D": heads.size, "G": heads.group, "KEYS": keys, "SPLITS": splits}
+    """`shared`: bytes a block may have. As many shares as there are multiprocessors: a
+    cluster that finds no room at once doubles the time. With clusters, the blocks of a group
+    are one where that leaves none of their warps more than MOST_TILES tiles of keys: they need no memory between them."""
+    splits = max(1, min(32, -(-places // KEYS), processors // (rows * heads.key)))
+    constants = {
+        "T": element, "D": heads.size, "G": heads.group, "WARPS": WARPS, "STAGES": STAGES, "SPLITS": splits
+    }  # fmt: skip
+    if attend_bytes(constants) > shared - RESERVED:
+        constants["STAGES"] = 1
     together = 1 << min(splits, MAX_CLUSTER).bit_length() - 1
-    if clusters and together > 1 and places <= MOST_TILES * keys * together:
+    if clusters and together > 1 and (together == splits or places <= MOST_TILES * KEYS * WARPS * together):
         constants |= {"SPLITS": together, "CLUSTERED": 1}
     return constants
 
 
-def attend_bytes(constants: dict[str, int], size: int) -> int:
-    """Shared memory: two tiles of keys and values, later the teams' sums."""
-    width = constants["D"]
-    return max(4 * constants["KEYS"] * (width * size + 16), 256 // (width // 2) * constants["G"] * width * 4)
+def attend_bytes(constants: dict[str, int]) -> int:
+    """Shared memory: a ring of tiles of keys and values for each warp, later the warps' sums."""
+    return constants["WARPS"] * constants["STAGES"] * 2 * KEYS * (2 * constants["D"] + 16)
 
 
 def attend_scratch(rows: int, heads: Heads, device: torch.device) -> Tensor:
@@ -116,17 +121,20 @@ def attend(
     rows, places = qkv.shape[0], keys.shape[2]
     shape = (rows, heads.query * heads.size)
     out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"qkv is {qkv.dtype}: the attention kernel takes float16 and bfloat16")
     machine = properties(device_index(qkv.device))
     constants = attend_constants(
-        kind(qkv, "qkv"), qkv.element_size(), heads, rows, places, machine.multi_processor_count, machine.major >= 9
-    )
+        kind(qkv, "qkv"), heads, rows, places, machine.multi_processor_count, machine.shared_memory_per_block_optin,
+        machine.major >= 9,
+    )  # fmt: skip
     if scratch.numel() < rows * heads.key * constants["SPLITS"] * heads.group * (heads.size + 2):
         raise ValueError(f"scratch of {scratch.numel()} floats is too small for {rows} rows")
     for name, table in (("cos", cos), ("sin", sin)):
         flat(table, name, rows * heads.rotary, qkv.device, qkv.dtype)
     launch(
-        "decode", "attend", constants, qkv.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=256,
-        shared=attend_bytes(constants, qkv.element_size()),
+        "attend", "attend", constants, qkv.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=32 * WARPS,
+        shared=attend_bytes(constants),
         args=[
             qkv, I64(qkv.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),
             flat(slot, "slot", 1, qkv.device, torch.int64), flat(first, "first", rows, qkv.device, torch.int64),
@@ -137,14 +145,19 @@ def attend(
     return out
 
 
-def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
-    """What the blocks of a row leave for the one that ends last."""
-    return torch.empty(rows * -(-width // SLICE) * (MAX_UNITS + 10), device=device)
+def norm_route_slice(rows: int) -> int:
+    """Elements of a row that a block of norm_route multiplies with the router."""
+    return 512 if rows <= 8 else 768
 
 
 def norm_route_parts(rows: int, width: int) -> int:
     """Blocks that write the normed rows."""
-    return rows * -(-width // SLICE)
+    return rows * -(-width // norm_route_slice(rows))
+
+
+def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
+    """What the blocks of a row leave for the one that ends last."""
+    return torch.empty(norm_route_parts(rows, width) * (MAX_UNITS + 10), device=device)
 
 
 def norm_route(
@@ -176,11 +189,12 @@ def norm_route(
     score, run = decided or (
         torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
     )  # fmt: skip
-    constants = {"T": kind(x, "x"), "SLICE": SLICE, "UNITS": -(-(1 + router.units) // 8) * 8}
+    size = norm_route_slice(rows)
+    constants = {"T": kind(x, "x"), "SLICE": size, "UNITS": -(-(1 + router.units) // 8) * 8}
     if arm is not None:
         constants["SET_CONDITION"] = 1
     launch(
-        "norm_route", "norm_route", constants, x.device, early=True, grid=(-(-width // SLICE), rows), threads=256,
+        "norm_route", "norm_route", constants, x.device, early=True, grid=(-(-width // size), rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
             out, I64(out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,

@@ -72,6 +72,14 @@ __device__ __forceinline__ void load_matrix4(u32 (&r)[4], u32 address) {
                : "memory");
 }
 
+// The same, each matrix turned: a lane gets two values of a column.
+__device__ __forceinline__ void load_matrix4_turned(u32 (&r)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
 // c += a (16x16, row major) * b (16x8, column major), float32 accumulation.
 template <int KIND>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
