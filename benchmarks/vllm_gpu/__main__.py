@@ -5,7 +5,8 @@
     python benchmarks/vllm_gpu --parts throughput --kv-gib 10 --sizes 1,8,32,256 --out benchmarks/results/vllm_throughput.json
     python benchmarks/vllm_gpu --parts quality --model MODEL --gate-file GATES.pth --text TEXT.txt --out quality.json
     python benchmarks/vllm_gpu --parts tp2 --out benchmarks/results/vllm_tp2.json                  # two GPUs
-    python benchmarks/vllm_gpu --parts runners,families,quant --out benchmarks/results/vllm_more.json
+    python benchmarks/vllm_gpu --parts runners,families --out benchmarks/results/vllm_more.json
+    python benchmarks/vllm_gpu --parts quant,lora --together 6 --out benchmarks/results/vllm_quant_more.json
 
 Each part's docstring says what it measures. Weights are random but in part quality. A part that fails or is late is reported
 and the next one begins; results are in the document as soon as they are there, the ends of the engines' logs beside it. On a
@@ -34,7 +35,8 @@ from shapes import ROOT, SHAPES, make_artifacts, make_work
 PARTS = {
     "exact": ("part_equal", "exact"), "steps": ("part_steps", "run"), "decide": ("part_decide", "run"),
     "throughput": ("part_throughput", "run"), "quality": ("part_equal", "quality"), "tp2": ("part_tp2", "run"),
-    "quant": ("part_equal", "quant"), "families": ("part_equal", "families"), "runners": ("part_steps", "runners"),
+    "quant": ("part_quant", "run"), "lora": ("part_lora", "run"), "families": ("part_equal", "families"),
+    "runners": ("part_steps", "runners"),
 }  # fmt: skip
 
 TP_ENGINES = ("plain", "silu", "nodes", "kernels", "learned", "one")
@@ -76,9 +78,9 @@ def options() -> argparse.Namespace:
     add("--text", type=Path, help="part quality: text it was not trained on")
     add("--samples", type=int, default=96, help="part quality: sequences of 512 tokens")
     add("--dtype", default="bfloat16", help="part quality: of both runtimes")
-    add("--families", default="llama,qwen3")
-    add("--quantization", default="fp8")
-    add("--quant-speed", action="store_true", help="part quant: also step times of the large shape")
+    add("--families", default="llama,qwen3", help="also qwen2, mistral, gemma, gemma2, gemma3_text, phi3")
+    add("--quantization", default="gptq,awq,bitsandbytes,fp8", help="also int8, none, gptq:32")
+    add("--quant-speed", action="store_true", help="part quant: also step times of the large shape in fp8")
     add("--tp", type=int, default=2)
     add("--tp-engines", default=",".join(TP_ENGINES), help="part tp2: which; one: on one GPU, to compare tokens with")
     args = parser.parse_args()

@@ -100,9 +100,10 @@ class Served:
     def generate(self, prompts: list[Any], **sampling: Any) -> tuple[float, list[Any]]:
         from vllm import SamplingParams
 
+        lora = sampling.pop("lora", None)
         wanted = SamplingParams(**({"ignore_eos": True, "temperature": 0.0, "detokenize": False} | sampling))
         start = time.perf_counter()
-        done = self.llm.generate(prompts, wanted, use_tqdm=False)
+        done = self.llm.generate(prompts, wanted, use_tqdm=False, lora_request=lora)
         return time.perf_counter() - start, done
 
     # What can be asked ------------------------------------------------------------------------------------------
@@ -141,10 +142,13 @@ class Served:
 
     def output(
         self, new: int, prompts: list[list[int]] | None = None, count: int = 4, length: int = 40, extra: Any = None,
+        adapters: list[str | None] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Tokens, their log-probabilities, and those of the prompts' own tokens."""
+        """Tokens, their log-probabilities, and those of the prompts' own tokens. `adapters`: a folder for each prompt, or None."""
         given = [{"prompt_token_ids": p} for p in prompts] if prompts else self.prompts(count, length, 7)
-        _, done = self.generate(given, max_tokens=new, logprobs=0, prompt_logprobs=0, extra_args=extra)
+        _, done = self.generate(
+            given, max_tokens=new, logprobs=0, prompt_logprobs=0, extra_args=extra, lora=lora(adapters)
+        )
         return {
             "tokens": [list(r.outputs[0].token_ids) for r in done],
             "logprobs": [[next(iter(step.values())).logprob for step in r.outputs[0].logprobs] for r in done],
@@ -164,6 +168,11 @@ class Served:
             self.llm.collective_rpc("sedac_reset")
         return found
 
+    def linears(self) -> dict[str, Any]:
+        """What the linear layers of the MLPs are: the class, that of the quantization, that of the kernel it took; how many."""
+        (found,) = self.llm.apply_model(linears)
+        return {"linears": found}
+
     def metrics(self) -> dict[str, Any]:
         """What Prometheus is told, as it stands in this process."""
         from prometheus_client import REGISTRY
@@ -182,6 +191,28 @@ def read_prompt(result: Any) -> tuple[list[float], list[int]]:
         own.append(entry[token].logprob)
         best.append(next((t for t, found in entry.items() if found.rank == 1), -1))
     return own, best
+
+
+def lora(folders: list[str | None] | None) -> Any:
+    """A request's adapter for each of these folders; a folder's name ends in the adapter's number."""
+    from vllm.lora.request import LoRARequest
+
+    if folders is None:
+        return None
+    return [folder and LoRARequest(Path(folder).name, int(folder[-1]), folder) for folder in folders]
+
+
+def linears(model: Any) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if ".mlp." in path and (method is not None or hasattr(module, "base_layer")):
+            scheme = getattr(module, "scheme", None)
+            kernels = [getattr(part, name, None) for part in (method, scheme) for name in ("kernel", "fp8_linear")]
+            parts = [type(part).__name__ for part in (module, method, scheme, *kernels) if part is not None]
+            what = f"{path.rpartition('.mlp.')[2]}: {', '.join(parts)}"
+            found[what] = found.get(what, 0) + 1
+    return found
 
 
 def apply_variant(variant: str) -> None:

@@ -235,6 +235,18 @@ class Lab:
         if failed is not None:
             raise failed
 
+    def start_once(self, specs: Sequence[Spec]) -> None:
+        """All of them, each tried once: one that does not come up is a problem of its own, and lost to this part."""
+        self.args.most = max(self.args.most, len(specs))
+        for place in range(0, len(specs), self.args.together):
+            group = specs[place : place + self.args.together]
+            try:
+                self.start(group)
+            except (FailedError, TooLateError) as error:
+                self.check(40)  # no time for any engine is no problem of these
+                self.problem(f"left out: {error}")
+            self.lost |= {spec.name for spec in group} - self.alive.keys()
+
     def those_that_start(self, specs: Sequence[Spec]) -> list[Engine]:
         """An engine that does not come up, alone or in its time, is a problem of its own: the others are measured without it."""
         specs = [spec for spec in specs if spec.name not in self.lost]

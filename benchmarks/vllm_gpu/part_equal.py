@@ -4,7 +4,6 @@ exact     gate off: token ids and log-probabilities are those of plain vLLM, to 
           MLP, against plain vLLM with the activation kernel that a gated MLP uses; metrics right after a run
 quality   a trained model with its gate in vLLM against the Hugging Face runtime: perplexity ratio and agreement on the same tokens
 families  other architectures, small and random: tokens, log-probabilities and skips against the Hugging Face runtime
-quant     a quantized model: all on equals plain, and layers that are off are counted
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +184,23 @@ def measures(dense: dict[str, Any], own: dict[str, Any]) -> dict[str, float]:
 
 
 def families(lab: Lab) -> None:
-    for family in lab.args.families.split(","):
+    ready: dict[str, tuple[dict[str, Spec], dict[str, Any]]] = {}
+
+    def attempt(family: str, work: Callable[[], Any]) -> Any:
         try:
-            one_family(lab, family)
+            return work()
         except (FailedError, TooLateError) as error:
             lab.problem(f"families, {family}: {error}")
             lab.check(30)
+
+    for family in lab.args.families.split(","):
+        if (found := attempt(family, lambda family=family: one_family(lab, family))) is not None:
+            ready[family] = found
+    if not lab.args.alone:
+        lab.start_once([spec for specs, _ in ready.values() for spec in specs.values()])
+    for family, (specs, hf) in ready.items():
+        for name, spec in specs.items():
+            attempt(family, lambda family=family, name=name, spec=spec, hf=hf: one_gate(lab, family, name, spec, hf))
 
 
 def small(lab: Lab, family: str, layers: int = 8, hidden: int = 512) -> tuple[Path, dict[str, Any]]:
@@ -208,7 +219,8 @@ def small(lab: Lab, family: str, layers: int = 8, hidden: int = 512) -> tuple[Pa
     return folder, made
 
 
-def one_family(lab: Lab, family: str) -> None:
+def one_family(lab: Lab, family: str) -> tuple[dict[str, Spec], dict[str, Any]]:
+    """Its engines, one per gate, and what Hugging Face says with each gate."""
     folder, made = small(lab, family)
     cascade = {
         "probe_dir": str(folder), "probe_layers": made["checkpoints"], "adaptive": False, "thresholds": made["thresholds"],
@@ -220,62 +232,19 @@ def one_family(lab: Lab, family: str) -> None:
         name: lab.spec(f"{family}-{name}", gates[name], **(small_engine(lab, folder) | ONE_BY_ONE))
         for name in ("forced", "cascade")
     }
-    if not lab.args.alone:
-        lab.those_that_start(list(specs.values()))
-    for name, spec in specs.items():
-        engine = lab.engine(spec)
-        lab.ask(engine, "counts", reset=True)
-        # One prompt at a time: the rows of one graph share an MLP, and here each must be its own.
-        parts = [lab.ask(engine, "output", prompts=[prompt], new=8) for prompt in PROMPTS]
-        own = {key: [part[key][0] for part in parts] for key in ("tokens", "prompt_logprobs")}
-        status = lab.ask(engine, "counts")["status"][0]
-        effect = difference(hf[name], hf["never"])["mean_prompt_difference"]
-        lab.add(
-            family=family, gate=name, effect_of_the_gate=effect, skipped=status["skipped"], hf_skipped=hf[name]["skipped"],
-            **difference(own, hf[name]),
-        )  # fmt: skip
-        lab.stop(engine.name)
+    return specs, hf
 
 
-def quant(lab: Lab) -> None:
-    """First a small real model, then the benchmark's shape for its speed."""
-    method = None if lab.args.quantization == "none" else lab.args.quantization
-    folder, _ = small(lab, "qwen2")
-    real = small_engine(lab, folder) | {"quantization": method}
-    got = {}
-    if not lab.args.alone:
-        lab.those_that_start(quantized(lab, "small", **real))
-    for spec in quantized(lab, "small", **real):
-        engine = lab.engine(spec)
-        if spec.sedac is not None:
-            lab.ask(engine, "force", off=[])
-        got[spec.name] = lab.ask(engine, "output", new=16, prompts=PROMPTS)
-        if spec.sedac is not None:
-            lab.ask(engine, "force", off=[1, 3])
-            lab.ask(engine, "counts", reset=True)
-            got["off"] = lab.ask(engine, "output", new=16, prompts=PROMPTS)
-            status = lab.ask(engine, "counts")["status"][0]
-            lab.add(
-                engine=spec.name, what="skips", tokens=status["tokens"], skipped=status["skipped"], packs=status.get("packs"),
-                exactly_the_layers_off=[i for i, n in enumerate(status["skipped"]) if n] == [1, 3]
-                and {status["skipped"][1], status["skipped"][3]} == {status["tokens"]},
-            )  # fmt: skip
-    plain, silu, nodes = (spec.name for spec in quantized(lab, "small", **real))
-    for name, against in ((nodes, silu), (silu, plain), (nodes, plain), ("off", silu)):
-        lab.add(engine=name, against=against, **difference(got[name], got[against]))
-    lab.stop_all()
-    if lab.args.quant_speed:
-        from part_steps import measure
-
-        plain_spec, _, nodes_spec = quantized(lab, "large", quantization=method)
-        measure(lab, [plain_spec, nodes_spec], [1, 8], max(2, lab.args.rounds // 2))
-
-
-def quantized(lab: Lab, size: str, **more: Any) -> list[Spec]:
-    """The gated engine, and the one it must equal to the bit, round their inputs by the same kernel: compiled code rounds by its own."""
-    way, kernels = lab.args.quantization, ["+silu_and_mul", "+gelu_and_mul", "+quant_fp8"]
-    same = {"compilation": {"custom_ops": kernels}} | more
-    return [
-        lab.plain(f"{size}-{way}-plain", **more), lab.plain(f"{size}-{way}-silu", **same),
-        lab.forced("nodes", f"{size}-{way}-nodes", **same),
-    ]  # fmt: skip
+def one_gate(lab: Lab, family: str, name: str, spec: Spec, hf: dict[str, Any]) -> None:
+    engine = lab.engine(spec)
+    lab.ask(engine, "counts", reset=True)
+    # One prompt at a time: the rows of one graph share an MLP, and here each must be its own.
+    parts = [lab.ask(engine, "output", prompts=[prompt], new=8) for prompt in PROMPTS]
+    own = {key: [part[key][0] for part in parts] for key in ("tokens", "prompt_logprobs")}
+    status = lab.ask(engine, "counts")["status"][0]
+    effect = difference(hf[name], hf["never"])["mean_prompt_difference"]
+    lab.add(
+        family=family, gate=name, effect_of_the_gate=effect, skipped=status["skipped"], hf_skipped=hf[name]["skipped"],
+        **difference(own, hf[name]),
+    )  # fmt: skip
+    lab.stop(engine.name)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.gpu.packed import activate_rows, grouped
+from sedac_cli.vllm.surgery import adapted
 
 ACTIVATIONS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
 
@@ -37,6 +38,7 @@ class DenseMlp:
             or act is None
             or type(act).__name__ not in ACTIVATIONS
             or len(list(mlp.children())) != 3
+            or adapted(mlp)  # from vLLM 0.32 on what wraps a linear layer answers for it, its weight included
         ):
             return None
         for linear in (first, last):

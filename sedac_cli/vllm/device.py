@@ -60,9 +60,10 @@ class DeviceSession(Session):
             raise InputError("SEDAC_MLP=kernels cannot blend as gate 'soft' does", hint="SEDAC_MLP=nodes")
         for layer, mlp in self.dense.items():
             if mlp is None:
+                why = "has adapters" if layer in self.adapted else "is not"
                 raise InputError(
                     f"SEDAC_MLP=kernels needs bf16 MLPs of two open matrices; layer {layer} has a "
-                    f"{type(self.layers[layer].mlp).__name__} that is not",
+                    f"{type(self.layers[layer].mlp).__name__} that {why}",
                     hint="SEDAC_MLP=nodes wraps whatever the MLP launches",
                 )
 

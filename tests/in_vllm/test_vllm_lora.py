@@ -6,43 +6,13 @@ get batches of their own here: vLLM 0.32 on the CPU hands them the last adapter 
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
-import torch
+from adapters import save_adapter
 from conftest import save_tiny
-from safetensors.torch import load_file, save_file
 from test_vllm_same_as_hf import assert_same
 from vllm_helpers import PROMPTS, SIZE, Engine, hugging_face, save_gates, save_probes
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-RANK, ALPHA = 4, 8
-TARGETS = {"q_proj": "self_attn", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
-
-
-def save_adapter(base, adapter, merged, seed: int) -> None:
-    """A random adapter as peft writes it, and the model that has it added to its weights."""
-    generator = torch.Generator().manual_seed(seed)
-    weights, parts = load_file(base / "model.safetensors"), {}
-    for layer in range(4):
-        for name, block in TARGETS.items():
-            path = f"model.layers.{layer}.{block}.{name}"
-            weight = weights[path + ".weight"]
-            a = torch.randn(RANK, weight.shape[1], generator=generator) / weight.shape[1] ** 0.5
-            b = torch.randn(weight.shape[0], RANK, generator=generator) * 0.3
-            parts |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
-            weights[path + ".weight"] = weight + ALPHA / RANK * b @ a
-    adapter.mkdir()
-    save_file(parts, adapter / "adapter_model.safetensors")
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA, "target_modules": list(TARGETS),
-        "bias": "none", "base_model_name_or_path": str(base),
-    }  # fmt: skip
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    shutil.copytree(base, merged)
-    save_file(weights, merged / "model.safetensors", {"format": "pt"})
 
 
 @pytest.fixture(scope="module")

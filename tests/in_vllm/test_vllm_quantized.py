@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import save_tiny
-from quantize import KINDS, int4_in_torch, rounding_inputs
+from quantize import KINDS, rounding_inputs
 from vllm_helpers import SIZE, Engine, hugging_face, save_gates
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -16,6 +16,31 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 INT4 = ("gptq", "awq")
 TOLERANCE = 0.1
 """Of a log-probability. Seen: 0.07 (int8), 0.01 (fp8), 0.04 (int4 in half precision); a wrong MLP moves them by more than 1."""
+
+
+def int4_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of vLLM for CPUs without AVX-512 load GPTQ and AWQ but lack the int4 kernel itself: its product, in torch."""
+    from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel as Kernel
+    from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32 as unpack
+
+    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return
+
+    def prepare(self, layer):
+        weight, scales, zeros = self._get_weight_params(layer)
+        codes = unpack(weight.data, self.config.weight_type, 0)
+        groups = codes.shape[0] // scales.shape[0]
+        zero = 8
+        if self.config.zero_points:
+            table = zeros.data.t().contiguous() if zeros.output_dim == 0 else zeros.data
+            zero = unpack(table, self.config.weight_type, 1).repeat_interleave(groups, 0)
+        layer.plain = ((codes - zero) * scales.data.float().repeat_interleave(groups, 0)).to(scales.dtype)
+
+    def apply(self, layer, x, bias=None):
+        return torch.nn.functional.linear(x, layer.plain.T, bias)
+
+    monkeypatch.setattr(Kernel, "process_weights_after_loading", prepare)
+    monkeypatch.setattr(Kernel, "apply_weights", apply)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -26,7 +51,7 @@ def quantized(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     saved = KINDS[request.param](save_tiny(folder / "tiny", "qwen2", **SIZE), folder)
     loaded = load_model(str(saved.rounded))
-    rounding_inputs(loaded.model, saved)
+    rounding_inputs(loaded.model, request.param)
     with pytest.MonkeyPatch.context() as patch:
         if request.param in INT4:
             int4_in_torch(patch)
