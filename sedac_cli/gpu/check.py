@@ -64,13 +64,14 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
         yield "decode", {"T": t, "ENTRY": 1}
+        yield "decode", {"T": t, "ENTRY": 1, "RESIDUAL": 1}
         for size, group in ((64, 1), (128, 7), (256, 16), (80, 4)):
             heads = Heads(group, 1, size, size, 1.0)
             for places in (4096, 256, 1024):
                 yield "decode", attend_constants(t, 2 if t else 4, heads, 1, places, 132, True)
-    for t, units in product(range(3), (8, 24, 72)):
-        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units}
-        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units, "SET_CONDITION": 1}
+    for t, units, added in product(range(3), (8, 24, 72), ({}, {"RESIDUAL": 1})):
+        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units} | added
+        yield "norm_route", {"T": t, "SLICE": 256, "UNITS": units} | added | {"SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
