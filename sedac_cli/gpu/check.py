@@ -68,15 +68,16 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
         yield "norm", {"T": t}
+        yield "norm", {"T": t, "RESIDUAL": 1}
     for t, (size, group) in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4))):
         for places, shared, clusters in ((4096, 227, True), (256, 163, False), (1024, 99, False)):
             yield (
                 "attend",
                 attend_constants(t, Heads(group, 1, size, size, 1.0), 1, places, 132, shared * 1024, clusters),
             )
-    for t, units, rows in product(range(3), (8, 24, 72), (1, 32)):
-        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units}
-        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units, "SET_CONDITION": 1}
+    for t, units, rows, added in product(range(3), (8, 24, 72), (1, 32), ({}, {"RESIDUAL": 1})):
+        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units} | added
+        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units} | added | {"SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}

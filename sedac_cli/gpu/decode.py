@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,15 +62,57 @@ class Heads:
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None) -> Tensor:
     """[M, H] -> [M, H]. `plus_one`: the weight is stored less one, and applied before rounding (Gemma)."""
     out = torch.empty_like(x) if out is None else out
+    _rms_norm(x, weight, eps, plus_one, out)
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), each [M, H] and new; the sum is rounded before it is normed."""
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    _rms_norm(x, weight, eps, plus_one, out, residual, total)
+    return out, total
+
+
+def _rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    plus_one: bool,
+    out: Tensor,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> None:
+    constants = {"T": kind(x, "x")} | _residual(residual)
     if x.shape[0]:
         launch(
-            "norm", "rms_norm", {"T": kind(x, "x")}, x.device, early=True, grid=(x.shape[0],), threads=256,
+            "norm", "rms_norm", constants, x.device, early=True, grid=(x.shape[0],), threads=256,
             args=[
                 x, I64(x.stride(0)), I32(x.shape[1]), flat(weight, "weight", x.shape[1], x.device, x.dtype), F32(eps),
-                I32(int(plus_one)), out, I64(out.stride(0)),
+                I32(int(plus_one)), out, I64(out.stride(0)), *_sum_args(x, residual, total),
             ],
         )  # fmt: skip
-    return out
+
+
+def _residual(residual: Tensor | None) -> dict[str, int]:
+    return {} if residual is None else {"RESIDUAL": 1}
+
+
+def _sum_args(x: Tensor, residual: Tensor | None, total: Tensor | None) -> list[Tensor | np.generic | None]:
+    """What is added to x and where the sum goes, with the strides of their rows. In place it would be read by other blocks."""
+    if residual is None or total is None:
+        if residual is not total:
+            raise ValueError("a residual and a place for the sum: both or neither")
+        return [None, I64(0), None, I64(0)]
+    for name, rows in (("residual", residual), ("sum", total)):
+        if rows.shape != x.shape or rows.dtype != x.dtype or rows.device != x.device or rows.stride(1) != 1:
+            raise ValueError(
+                f"the {name} is {tuple(rows.shape)} {rows.dtype} on {rows.device}: expected {tuple(x.shape)} {x.dtype}"
+            )
+    if total.data_ptr() in (x.data_ptr(), residual.data_ptr()):
+        raise ValueError("the sum needs memory of its own: every block reads the whole row")
+    return [residual, I64(residual.stride(0)), total, I64(total.stride(0))]
 
 
 def attend_constants(
@@ -175,10 +218,12 @@ def norm_route(
     arm: Handles | None = None,
     decided: tuple[Tensor, Tensor] | None = None,
     ready: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch.
 
-    `ready` (int32, one entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it,
+    With a `residual`, what is normed is x + residual, rounded as in add_rms_norm; the sum goes to `total`. `ready` (int32, one entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it,
     `decided` must be given and, like `scratch`, outlive what starts then."""
     rows, width = x.shape
     if width != router.width:
@@ -190,15 +235,15 @@ def norm_route(
         torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
     )  # fmt: skip
     size = norm_route_slice(rows)
-    constants = {"T": kind(x, "x"), "SLICE": size, "UNITS": -(-(1 + router.units) // 8) * 8}
+    constants = {"T": kind(x, "x"), "SLICE": size, "UNITS": -(-(1 + router.units) // 8) * 8} | _residual(residual)
     if arm is not None:
         constants["SET_CONDITION"] = 1
     launch(
-        "norm_route", "norm_route", constants, x.device, early=True, grid=(-(-width // size), rows), threads=256,
+        "norm_route", "norm_route", constants, x.device, early=arm is None, grid=(-(-width // size), rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
-            out, I64(out.stride(0)), router.matrix, I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias,
-            F32(router.eps), scratch, counters(x.device), *number(threshold, "threshold", x.device), score, run,
+            out, I64(out.stride(0)), *_sum_args(x, residual, total), router.matrix, I32(router.matrix.shape[1]), router.outer,
+            I32(router.units), router.bias, F32(router.eps), scratch, counters(x.device), *number(threshold, "threshold", x.device), score, run,
             flat(may_skip, "may_skip", rows, x.device, *MASK), flat(real, "real", rows, x.device, *MASK),
             flat(needs, "needs", 1, x.device, torch.int32), None if arm is None else arm.table,
             I32(0 if arm is None else arm.count), I32(0 if arm is None else int(arm.has_opposite)),

@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from sedac_cli.gpu.decode import Heads
+from sedac_cli.gpu.reference import router_score
 from sedac_cli.gpu.skinny import RowNorm
+from sedac_cli.gpu.tensors import Number
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -74,6 +77,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out:
     normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     y = (normal * (1.0 + weight.float())).to(x.dtype) if plus_one else weight * normal.to(x.dtype)
     return y if out is None else out.copy_(y)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, plus_one: bool = False
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps, plus_one), total
+
+
+def norm_route(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    router: Any,
+    *,
+    threshold: Number,
+    plus_one: bool = False,
+    may_skip: Tensor | None = None,
+    real: Tensor | None = None,
+    needs: Tensor | None = None,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if residual is not None and total is not None:
+        x = total.copy_(x + residual)
+    y = rms_norm(x, weight, eps, plus_one)
+    return y, *router_score(y, router, threshold=threshold, may_skip=may_skip, real=real, needs=needs)
 
 
 def attend(

@@ -7,6 +7,7 @@ between two attentions, a piece of one: in a whole step one launch arms the node
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from sedac_cli.gpu.conditional import ConditionalGraph, Conditions
 from sedac_cli.gpu.probe import MAX_RANK, ProbeWeights, RouterWeights, probe_risk, router_score
 from sedac_cli.vllm.few_rows import FewRows
 from sedac_cli.vllm.forced import ForcedGate
+from sedac_cli.vllm.norms import ROUTED_ROWS, MlpNorm
 from sedac_cli.vllm.session import is_batch_max
 
 if TYPE_CHECKING:
@@ -29,6 +31,18 @@ if TYPE_CHECKING:
 
 WARM_ROWS = 1024
 """Graphs of more rows than this are not captured by vLLM, so nothing need be set up for them."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A layer whose router was launched with its norm: what its MLP goes on with."""
+
+    own: Conditions | None
+    """Its node's, where it becomes one."""
+    out: Tensor | None
+    """Where it writes, if that could be known."""
+    ready: tuple[Tensor, int] | None
+    """The counter, and its value, that say that the rows are there."""
 
 
 class Capture:
@@ -42,7 +56,9 @@ class Capture:
         self.place = {layer: i for i, layer in enumerate(gated)}
         self.mode = mode_of(gate)
         self.blends = isinstance(gate, SoftGate)
-        self.all_flags = torch.ones(len(gated) + 1, dtype=torch.int32, device=device)
+        # What one fill sets when a step begins (counters of rows that are there, and flags), then a flag that is always 1.
+        marks = torch.ones(2 * len(gated) + 1, dtype=torch.int32, device=device)
+        self.all_flags = marks[len(gated) :]
         self.flags = self.all_flags[:-1]
         self.ran = torch.zeros(len(gated) + 1, dtype=torch.long, device=device)
         self.routers: dict[int, RouterWeights] = {}
@@ -53,7 +69,8 @@ class Capture:
         elif self.mode == "static":
             self.index = torch.tensor(gated, dtype=torch.long, device=device)
             self.off = torch.zeros(len(gated), dtype=torch.int32, device=device)
-        self.few = FewRows(session, self.mode, self.flags, self.routers)
+        self.few = FewRows(session, self.mode, marks[:-1], self.routers)
+        self.decided: dict[int, Decided] = {}
         try:
             self.nodes = ConditionalGraph(device)
         except RuntimeError as error:
@@ -79,6 +96,7 @@ class Capture:
     def open(self, count: int) -> None:
         """The first site of a pass. All conditions of a whole step are made now, so that one launch can arm many."""
         self.conditions = None
+        self.decided.clear()
         self.few.open(count, self.whole())
         if not self.few.takes(count) and self.nodes.native_else and self.whole():
             self.conditions = self.nodes.conditions(len(self.place), either=True)
@@ -134,6 +152,25 @@ class Capture:
             gate.adaptive.observe(index, risk, reached)
         self.beside += [risk, before, reached]
 
+    def norm(
+        self, layer: int, norm: MlpNorm, hidden: Tensor, residual: Tensor, state: TokenState
+    ) -> tuple[Tensor, Tensor]:
+        """A router with the norm ahead of it, as one launch. What the MLP needs launched comes before it, for an MLP that races its
+        router must come right behind it."""
+        gate: Any = self.gate
+        place, count = self.place[layer], hidden.shape[0]
+        few = self.few.takes(count)
+        made = Decided(
+            None if few else self.condition(place), self.few.output_ahead(layer, hidden) if few else None,
+            self.few.ready(layer, hidden),
+        )  # fmt: skip
+        self.decided[layer] = made
+        return norm.route(
+            hidden, residual, self.routers[layer], threshold=gate.limit.view(1), may_skip=state.may_skip, real=state.real,
+            needs=self.flags[place : place + 1], arm=made.own, ready=None if made.ready is None else made.ready[0],
+            **self.few.norm_memory(count),
+        )  # fmt: skip
+
     def governs(self, look: int) -> int:
         """The place of the first MLP that a checkpoint speaks for."""
         return next(place for layer, place in self.place.items() if layer >= look)
@@ -146,19 +183,27 @@ class Capture:
 
     # The MLP ----------------------------------------------------------------------------------------------------
 
+    def condition(self, place: int) -> Conditions:
+        """Of an MLP that becomes a node."""
+        return self.nodes.conditions(1, either=True) if self.conditions is None else _only(self.conditions, place)
+
     def mlp(self, layer: int, x: Tensor, state: TokenState | None) -> Tensor:
         place, count = self.place[layer], x.shape[0]
         at = self.point(layer)
         flag = self.flags[at : at + 1]
+        decided = self.decided.pop(layer, None)
         own: Conditions | None = None
         out: Tensor | None = None
         armed = False
         if self.few.takes(count):
-            out = self.few.output(layer, x)
+            out = None if decided is None else decided.out
+            out = self.few.output(layer, x) if out is None else out
         else:
             armed = self.conditions is not None and self.mode in ("static", "probes")
-            own = self.nodes.conditions(1, either=True) if self.conditions is None else _only(self.conditions, place)
-        if self.mode == "routers":
+            own = self.condition(place) if decided is None else decided.own
+        if decided is not None:
+            armed = True
+        elif self.mode == "routers":
             gate: Any = self.gate
             assert state is not None
             router_score(
@@ -173,7 +218,7 @@ class Capture:
             flag.copy_(((state.scale > 0) & state.real).any())
         if own is None:
             assert out is not None
-            return self.few.run(layer, x, out, flag)
+            return self.few.run(layer, x, out, flag, None if decided is None else decided.ready)
         if not armed:
             own.set(flag)
         return self.in_node(layer, x, own, state)
@@ -221,6 +266,18 @@ class Capture:
             probe_risk(
                 hidden, self.probes[layer], threshold=spare.float(), latched=state.memory["latched"],
                 may_skip=state.may_skip, real=state.real, needs=spare, arm=form,
+            )  # fmt: skip
+
+    def warm_norm(self, layer: int, norm: MlpNorm, hidden: Tensor, residual: Tensor) -> None:
+        count = hidden.shape[0]
+        if count > ROUTED_ROWS or self.done("norm", layer, hidden):
+            return
+        spare = torch.ones(1, dtype=torch.int32, device=hidden.device)
+        state = self.session.start(count)
+        for form in (self.nodes.none, None):
+            norm.route(
+                hidden, residual, self.routers[layer], threshold=spare.float(), may_skip=state.may_skip, real=state.real,
+                needs=spare, arm=form, **self.few.norm_memory(count),
             )  # fmt: skip
 
     def warm_mlp(self, layer: int, x: Tensor) -> None:

@@ -65,14 +65,23 @@ class DenseMlp:
         gate, up = grouped(rows, self.gate_up, counts).chunk(2, dim=1)
         return self.reduce(grouped(activate_rows(gate, up, self.activation, counts), self.down, counts))
 
-    def few(self, x: Tensor, out: Tensor, need: Tensor, settled: bool = False, racing: bool = False) -> None:
+    def few(
+        self,
+        x: Tensor,
+        out: Tensor,
+        need: Tensor,
+        settled: bool = False,
+        racing: bool = False,
+        ready: tuple[Tensor, int] | None = None,
+    ) -> None:
         """A few rows into `out`, unless the flag is 0: then nothing is written. `settled`: the launch just ahead does not write
-        the flag. `racing`: it does, the flag was PENDING before it, and x was there before it: nobody waits for the decision."""
+        the flag. `racing`: it does, the flag was PENDING before it, and x was there before it, or is there once the counter of
+        `ready` has that value: nobody waits for the decision."""
         from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
 
         inner = self.gate_up.shape[0] // 2
         gate, up = self.gate_up[:inner], self.gate_up[inner:]
-        z = skinny_gated(x, gate, up, self.activation, need=need, settled=settled, racing=racing)
+        z = skinny_gated(x, gate, up, self.activation, need=need, settled=settled, racing=racing, ready=ready)
         skinny_linear(z, [self.down], out=out, need=need, settled=True)
 
     def reduce(self, y: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ While vLLM captures a graph (`captured.py`), a layer's MLP becomes one of
   The body's own output is what the next layer reads: nothing is cleared or copied when the MLP runs.
 - kernels: for open bf16 weights and few rows, launches that a flag stops. No node; rounding differs from cuBLAS.
 
+A learned gate's router is one launch with the norm ahead of the MLP, where that is one we know (`norms.py`).
+
 In a graph the MLP runs if any row needs it; rows that would have skipped then get it for free. Steps that no graph covers
 (long prompts) decide row by row: active rows are packed, and a grouped matrix product reads their number on the device. Where
 the host knows what all rows do (a gate that looks at nothing, and no row that is an exception), an MLP is launched or not.
@@ -27,6 +29,7 @@ from sedac_cli.gpu.route import gather_rows, scatter_rows
 from sedac_cli.vllm.captured import Capture, known_flag, relax_captures
 from sedac_cli.vllm.dense_mlp import DenseMlp
 from sedac_cli.vllm.inputs import MAY_SKIP, MUST_RUN, PADDING, StepInputs
+from sedac_cli.vllm.norms import ROUTED_ROWS, MlpNorm
 from sedac_cli.vllm.session import Session, StepRows, is_batch_max
 
 log = logging.getLogger("vllm.sedac")
@@ -66,6 +69,19 @@ class DeviceSession(Session):
                     f"{type(self.layers[layer].mlp).__name__} that {why}",
                     hint="SEDAC_MLP=nodes wraps whatever the MLP launches",
                 )
+
+    def join_norms(self) -> None:
+        if self.capture is None or self.capture.mode != "routers":
+            return
+        for layer in self.gated:
+            norm = MlpNorm.of(self.layers[layer])
+            if norm is not None and norm.agrees():
+                self.norms[layer] = norm
+        if len(self.norms) < len(self.gated):
+            log.info(
+                "sedac: %d of %d routers are launches of their own: the norms ahead of those MLPs are not known",
+                len(self.gated) - len(self.norms), len(self.gated),
+            )  # fmt: skip
 
     def install(self) -> None:
         if self.gated:
@@ -156,6 +172,20 @@ class DeviceSession(Session):
             if capturing and self.capture is not None:
                 self.capture.open(count)
         return self.state
+
+    def norm(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of few rows in a graph together with the router. vLLM's own would here be one launch for each of its operations in torch:
+        it is written to be compiled, and the compiler does not see into an operator."""
+        norm, count = self.norms[layer], hidden.shape[0]
+        if not norm.takes(hidden, residual):
+            return super().norm(layer, hidden, residual)
+        assert self.capture is not None
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing and count <= ROUTED_ROWS:
+            return self.capture.norm(layer, norm, hidden, residual, self.fresh(count, True))
+        if not capturing and self.rows is None:
+            self.capture.warm_norm(layer, norm, hidden, residual)
+        return norm.add(hidden, residual)
 
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         assert self.capture is not None

@@ -1,11 +1,12 @@
 """MLPs of few rows in a captured pass: launches that a flag on the device stops, where more rows take nodes.
 
 A trained stand-in is two launches more, under the same flag turned round: one of the two writes the output, so nobody clears it.
-Behind a router an MLP's first launch begins before the decision: all flags are PENDING from the beginning of the step, and what
-the router writes is memory of its own, for the MLP's may be given out while the router still runs. Only where the graph is the
-whole step: in a piece of one nobody knows that its flags were made PENDING.
+Under a router an MLP's first launch begins before the decision: all flags are PENDING from the beginning of the step, and what
+the router writes is memory of its own, for the MLP's may be given out while the router still runs. Where the router is one launch
+with the norm, a counter says that the MLP's rows are there, and what that launch reads nobody needs once it has said so. Only
+where the graph is the whole step: in a piece of one nobody knows that its flags were made PENDING.
 
-    rows = FewRows(session, mode, flags, routers); rows.open(count=1, whole=True)      # a pass begins
+    rows = FewRows(session, mode, marks, routers); rows.open(count=1, whole=True)      # a pass begins
     out = rows.output(layer, x); router_score(..., **rows.router_memory(1)); y = rows.run(layer, x, out, flag)
 """
 
@@ -16,20 +17,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sedac_cli.gpu.decode import norm_route_parts, norm_route_scratch
 from sedac_cli.gpu.probe import RouterWeights, router_scratch
-from sedac_cli.gpu.skinny import FEW_ROWS, PENDING, fits_skinny
+from sedac_cli.gpu.skinny import BATCH_ROWS, PENDING, fits_skinny
 from sedac_cli.runtime.graph.ops import KernelOps
 from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRankStandIns
+from sedac_cli.vllm.norms import ROUTED_ROWS
 
 if TYPE_CHECKING:
     from sedac_cli.vllm.device import DeviceSession
 
 
 class FewRows:
-    def __init__(self, session: DeviceSession, mode: str, flags: Tensor, routers: dict[int, RouterWeights]):
-        self.session, self.mode, self.flags = session, mode, flags
+    def __init__(self, session: DeviceSession, mode: str, marks: Tensor, routers: dict[int, RouterWeights]):
+        """`marks`: a counter per place of the parts of its normed rows that are there, then the flags."""
+        self.session, self.mode, self.marks = session, mode, marks
         self.place = {layer: i for i, layer in enumerate(session.gated)}
         self.ops = KernelOps()
         self.whole = self.racing = False
@@ -37,14 +41,14 @@ class FewRows:
         """[places, rows, hidden]: zero where an MLP under a flag does not write."""
         self.standins = LinearStandIns(ZeroStandIn(), torch.bfloat16, session.device)
         self.memory: tuple[Tensor, Tensor, Tensor] | None = None
-        """Of routers that are raced: score, run, scratch."""
-        if not session.use_kernels:
-            return
-        self.standins = LinearStandIns(self.known(), torch.bfloat16, session.device)
+        """Of routers: score, run, scratch."""
+        if session.use_kernels:
+            self.standins = LinearStandIns(self.known(), torch.bfloat16, session.device)
         if routers:
-            device = session.device
-            sizes = [router_scratch(FEW_ROWS, weights, device) for weights in routers.values()]
-            score, run = torch.empty(FEW_ROWS, device=device), torch.empty(FEW_ROWS, dtype=torch.bool, device=device)
+            device, most = session.device, max(BATCH_ROWS, ROUTED_ROWS)
+            sizes = [router_scratch(BATCH_ROWS, weights, device) for weights in routers.values()]
+            sizes.append(norm_route_scratch(ROUTED_ROWS, next(iter(routers.values())).width, device))
+            score, run = torch.empty(most, device=device), torch.empty(most, dtype=torch.bool, device=device)
             self.memory = score, run, max(sizes, key=Tensor.numel)
 
     def known(self) -> LowRankStandIns | ZeroStandIn:
@@ -62,7 +66,7 @@ class FewRows:
 
     def takes(self, count: int) -> bool:
         """Whether a pass of so many rows runs under flags rather than in nodes."""
-        return self.session.use_kernels and count <= FEW_ROWS
+        return self.session.use_kernels and count <= BATCH_ROWS
 
     # A pass -----------------------------------------------------------------------------------------------------
 
@@ -71,7 +75,7 @@ class FewRows:
         self.whole = whole
         self.racing = self.mode == "routers" and whole and self.takes(count)
         if self.racing:
-            self.flags.fill_(PENDING)
+            self.marks.fill_(PENDING)
 
     def close(self) -> None:
         self.outs = None
@@ -83,6 +87,17 @@ class FewRows:
         score, run, scratch = self.memory
         return {"out": (score[:count], run[:count]), "scratch": scratch}
 
+    def norm_memory(self, count: int) -> dict[str, Any]:
+        """The same for `norm_route`, which always takes some."""
+        assert self.memory is not None
+        score, run, scratch = self.memory
+        return {"decided": (score[:count], run[:count]), "scratch": scratch}
+
+    def ready(self, layer: int, x: Tensor) -> tuple[Tensor, int] | None:
+        """Where an MLP that races sees that its rows are there, and the value that says so."""
+        place = self.place[layer]
+        return (self.marks[place : place + 1], PENDING + norm_route_parts(*x.shape)) if self.racing else None
+
     def output(self, layer: int, x: Tensor) -> Tensor:
         """Where the MLP writes. Before the router is launched: an MLP that races it must come right behind it."""
         if self.rank(layer) != 0:
@@ -91,6 +106,14 @@ class FewRows:
             return torch.empty_like(x)
         instead = self.session.standin.rows(layer, x)
         return self.cleared(layer, x) if instead is None else instead.to(x.dtype)
+
+    def output_ahead(self, layer: int, like: Tensor) -> Tensor | None:
+        """The same before the rows are there, unless what stands in for them is what the output begins with."""
+        standin = self.session.standin
+        none = type(standin) is ZeroStandIn or (type(standin) is LowRankStandIns and layer not in standin.by_layer)
+        if none or self.rank(layer) != 0 or self.stands_in(layer, like):
+            return self.output(layer, like)
+        return None
 
     def stands_in(self, layer: int, x: Tensor) -> bool:
         """Whether what stands in for these rows is two launches under the flag."""
@@ -104,10 +127,10 @@ class FewRows:
             self.outs = torch.zeros(len(self.place), *x.shape, dtype=x.dtype, device=x.device)
         return self.outs[self.place[layer]]
 
-    def run(self, layer: int, x: Tensor, out: Tensor, flag: Tensor) -> Tensor:
+    def run(self, layer: int, x: Tensor, out: Tensor, flag: Tensor, ready: tuple[Tensor, int] | None = None) -> Tensor:
         mlp = self.session.dense[layer]
         assert mlp is not None
-        mlp.few(x, out, flag, settled=self.settled(layer), racing=self.racing)
+        mlp.few(x, out, flag, settled=self.settled(layer), racing=self.racing, ready=ready)
         if self.stands_in(layer, x):
             self.standins(self.ops, layer, x, out, need=flag)
         return mlp.reduce(out)

@@ -30,6 +30,7 @@ from sedac_cli.gates.simple import AlwaysGate
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import blend_rows
 from sedac_cli.vllm.forced import ForcedGate
+from sedac_cli.vllm.norms import MlpNorm
 from sedac_cli.vllm.settings import Settings
 from sedac_cli.vllm.surgery import Layer, adapted
 
@@ -74,6 +75,9 @@ class Session:
         self.layers = {layer.index: layer for layer in layers}
         self.looks, self.gated = sites_of(self.gate, sorted(self.layers))
         self.forward: dict[int, Callable[[Tensor], Tensor]] = {}
+        self.norms: dict[int, MlpNorm] = {}
+        """Norms ahead of gated MLPs that this session runs itself."""
+        self.norm_forward: dict[int, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {}
         self.adapted = {layer for layer in self.gated if adapted(self.layers[layer].mlp)}
         self.rows: StepRows | None = None
         self.state: TokenState | None = None
@@ -88,6 +92,9 @@ class Session:
 
     # The model --------------------------------------------------------------------------------------------------
 
+    def join_norms(self) -> None:
+        """Take over the norms that can be one launch with a decision: here no decision is a launch."""
+
     def install(self) -> None:
         """Put the ops into the model. Instances are changed, never classes: a draft model of the same kind stays as it is."""
         from sedac_cli.vllm import ops
@@ -98,6 +105,9 @@ class Session:
         for index in self.gated:
             self.forward[index] = self.layers[index].mlp.forward
             _wrap_mlp(self.layers[index])
+        for index, norm in self.norms.items():
+            self.norm_forward[index] = norm.module.forward
+            _wrap_norm(index, norm)
 
     def remove(self) -> None:
         """Give the model back as vLLM built it. Not for a compiled one: the operators are part of what was compiled."""
@@ -107,6 +117,8 @@ class Session:
             del self.layers[index].module.forward
         for index in self.gated:
             del self.layers[index].mlp.forward
+        for norm in self.norms.values():
+            del norm.module.forward
         ops.release(self)
 
     # One step ---------------------------------------------------------------------------------------------------
@@ -193,6 +205,10 @@ class Session:
             out = self.forward[layer](x[rows])
         return blend_rows(self.standin, layer, x, out, rows, scale)
 
+    def norm(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As vLLM has it, which may work in place: an operator may not give back what it was given."""
+        return self.norm_forward[layer](hidden.clone(), residual.clone())
+
     def fresh(self, count: int) -> TokenState:
         """The state of this pass, new at the first site the pass comes to."""
         if self.state is None:
@@ -225,6 +241,7 @@ class Session:
             "layers": sorted(self.layers),
             "looks": self.looks,
             "gated": self.gated,
+            "norms": list(self.norms),
             "steps": counters.steps,
             "tokens": counters.tokens,
             "skipped": counters.skipped.tolist(),
@@ -314,3 +331,12 @@ def _wrap_mlp(layer: Layer) -> None:
         return op(x, index)
 
     layer.mlp.forward = forward  # type: ignore[method-assign]
+
+
+def _wrap_norm(index: int, norm: MlpNorm) -> None:
+    original, op = norm.module.forward, torch.ops.sedac.norm
+
+    def forward(x: Tensor, residual: Tensor | None = None) -> Any:
+        return original(x) if residual is None else op(x, residual, index)
+
+    norm.module.forward = forward  # type: ignore[method-assign]

@@ -60,6 +60,9 @@ def gate_model(worker: Any, settings: Settings) -> Session:
         raise InputError(f"sedac gates models on CUDA and CPU, not on {device.type}")
     with torch.inference_mode(False), torch.no_grad():
         session = kind(settings, plan, layers, device, config.scheduler_config.max_num_batched_tokens)
+        # Where vLLM makes the norm one launch with an all-reduce, it is left to that.
+        if not getattr(config.compilation_config.pass_config, "fuse_allreduce_rms", False):
+            session.join_norms()
         session.install()
     session.runner = attach(runner, session)
     log.info(

@@ -92,39 +92,37 @@ def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
 
 @pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
 @pytest.mark.parametrize("rows", [1, 8, 13, 32, 64])
-def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size):
+@pytest.mark.parametrize("added", [False, True])
+def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size, added):
     """Five layers in a graph, replayed without a pause, against the same launches with a wait after each."""
     make = {"dtype": torch.bfloat16, "scale": width**-0.5}
     layers = [(random(size, width, **make), random(size, width, **make), random(width, size, **make)) for _ in range(5)]
     routers = [RouterWeights.pack(router_of(width, 16, "cuda"), "cuda") for _ in layers]
     norm = torch.ones(width, dtype=torch.bfloat16, device="cuda")
-    start, h = random(rows, width, dtype=torch.bfloat16), random(rows, width, dtype=torch.bfloat16)
+    start, h, ends = (random(rows, width, dtype=torch.bfloat16) for _ in range(3))
     marks = torch.zeros(2, len(layers), dtype=torch.int32, device="cuda")
     needs, parts = marks[0], PENDING + decode.norm_route_parts(rows, width)
     limits = torch.zeros(len(layers), device="cuda")
     decided = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
     scratch = decode.norm_route_scratch(rows, width, h.device)
+    more, totals = random(rows, width, dtype=torch.bfloat16), [torch.empty_like(h) for _ in layers]
 
     def step(races: bool) -> None:
         h.copy_(start)
         marks.fill_(PENDING)
+        stream = h
         for i, (gate, up, down) in enumerate(layers):
             need, ready = needs[i : i + 1], marks[1, i : i + 1]
             x, _, _ = decode.norm_route(
-                h,
-                norm,
-                1e-6,
-                routers[i],
-                scratch,
-                threshold=limits[i : i + 1],
-                needs=need,
-                decided=decided,
-                ready=ready,
-            )
+                more if added else stream, norm, 1e-6, routers[i], scratch, threshold=limits[i : i + 1], needs=need,
+                decided=decided, ready=ready, residual=stream if added else None, total=totals[i] if added else None,
+            )  # fmt: skip
+            stream = totals[i] if added else stream
             if not races:
                 torch.cuda.synchronize()
             z = skinny_gated(x, gate, up, "silu", need=need, ready=(ready, parts) if races else None)
-            skinny_linear(z, [down], residual=h, out=h, need=need, settled=True)
+            skinny_linear(z, [down], residual=stream, out=stream, need=need, settled=True)
+        ends.copy_(stream)
 
     graph, _ = captured(lambda: step(True))
     seen = set()
@@ -132,13 +130,13 @@ def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size
         limits.copy_(torch.tensor([-1e9 if pattern >> i & 1 else 1e9 for i in range(len(layers))]))
         step(False)
         torch.cuda.synchronize()
-        expected, flags = h.clone(), needs.tolist()
+        expected, flags = ends.clone(), needs.tolist()
         seen.add(tuple(flags))
         for _ in range(20):
             graph.replay()
         torch.cuda.synchronize()
         assert needs.tolist() == flags
-        assert torch.equal(h, expected)
+        assert torch.equal(ends, expected)
     assert seen == {(1,) * 5, (0,) * 5, (0, 1, 0, 1, 0), (1, 0, 1, 0, 1), (1, 1, 0, 1, 1)}
 
 
@@ -157,6 +155,23 @@ def test_norm(dtype, rows, width, plus_one):
     x, weight = random(rows, width, dtype=dtype, scale=3), random(width, dtype=dtype)
     expected = decode_reference.rms_norm(x, weight, 1e-6, plus_one)
     close("norm", decode.rms_norm(x, weight, 1e-6, plus_one), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 8), (3, 77), (64, 3584), (2, 8192), (5, 12304)])
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("gap", [0, 5])
+def test_a_sum_is_normed_as_if_it_had_been_written_first(dtype, rows, width, plus_one, gap):
+    """To the bit: a graph of few rows and a step of many then hand on the same stream. `gap`: rows that lie apart, unaligned."""
+    x, residual = (random(rows, width + gap, dtype=dtype, scale=3)[:, gap:] for _ in range(2))
+    weight, kept = random(width, dtype=dtype), (x.clone(), residual.clone())
+    y, total = decode.add_rms_norm(x, residual, weight, 1e-6, plus_one)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(y, decode.rms_norm(x + residual, weight, 1e-6, plus_one))
+    expected, _ = decode_reference.add_rms_norm(x, residual, weight, 1e-6, plus_one)
+    close("norm", y, expected.float())
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -233,3 +248,51 @@ def test_norm_and_router_in_one(dtype, rows, width, units):
     assert_close("score", score, exact, 1e-3)
     agree_away_from("run", run, wanted, exact, 0.1, 1e-3)
     assert needs.item() == int((run & real).any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (3, 8192), (2, 12304)])
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("gap", [0, 5])
+def test_a_sum_is_routed_as_if_it_had_been_written_first(dtype, rows, width, plus_one, gap):
+    x, residual = (random(rows, width + gap, dtype=dtype, scale=3)[:, gap:] for _ in range(2))
+    weight, router = random(width, dtype=dtype), RouterWeights.pack(router_of(width, 16, "cuda"), "cuda")
+    scratch, kept = decode.norm_route_scratch(rows, width, x.device), (x.clone(), residual.clone())
+    asked = {"threshold": 0.1, "plus_one": plus_one, "may_skip": torch.rand(rows, device="cuda") < 0.8}
+    expected = decode.norm_route(x + residual, weight, 1e-6, router, scratch, **asked)
+    total, needs = torch.empty_like(x), torch.full((1,), 9, dtype=torch.int32, device="cuda")
+    ready = torch.full((1,), PENDING, dtype=torch.int32, device="cuda")
+    decided = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.bool, device="cuda")
+    poison(total, scratch)
+    found = decode.norm_route(
+        x,
+        weight,
+        1e-6,
+        router,
+        scratch,
+        needs=needs,
+        ready=ready,
+        decided=decided,
+        residual=residual,
+        total=total,
+        **asked,
+    )
+    assert torch.equal(total, x + residual)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert needs.item() == int(expected[2].any())
+    assert ready.item() == PENDING + decode.norm_route_parts(rows, width)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
+def test_a_sum_needs_a_place_of_its_own():
+    x, residual = (random(2, 64, dtype=torch.bfloat16) for _ in range(2))
+    weight, router = random(64, dtype=torch.bfloat16), RouterWeights.pack(router_of(64, 4, "cuda"), "cuda")
+    scratch = decode.norm_route_scratch(2, 64, x.device)
+    for total in (x, residual):
+        with pytest.raises(ValueError, match="memory of its own"):
+            decode.norm_route(x, weight, 1e-6, router, scratch, threshold=0.0, residual=residual, total=total)
+    with pytest.raises(ValueError, match="both or neither"):
+        decode.norm_route(x, weight, 1e-6, router, scratch, threshold=0.0, residual=residual)
+    with pytest.raises(ValueError, match=r"residual is \(1, 64\)"):
+        decode.add_rms_norm(x, residual[:1], weight, 1e-6)

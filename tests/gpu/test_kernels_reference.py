@@ -9,7 +9,7 @@ import torch
 from cases import router_of
 
 from sedac_cli.gpu import compile as compiling
-from sedac_cli.gpu import conditional, entropy, probe, reference, route
+from sedac_cli.gpu import conditional, decode_reference, entropy, probe, reference, route
 from sedac_cli.probes import LREProbe
 
 INF, NAN = float("inf"), float("nan")
@@ -238,3 +238,40 @@ def test_launches_no_device_takes_are_refused_by_name():
         with pytest.raises(RuntimeError, match="no device takes"):
             compiling.refuse_shape("probe", grid, threads)
     assert probe.shared_bytes(32, 1, 4) == compiling.DEFAULT_SHARED  # with the kernel's own, this one is above it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen2", "gemma"])
+def test_a_norm_of_a_sum_is_what_a_model_of_hugging_face_does(family, dtype):
+    """Which rounds the sum first: that the two orders differ at all is seen, too."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    torch.manual_seed(0)
+    norm = (GemmaRMSNorm if family == "gemma" else Qwen2RMSNorm)(96, eps=1e-6).to(dtype).requires_grad_(False)
+    norm.weight.normal_()
+    x, residual = (torch.randn(40, 96).to(dtype) for _ in range(2))
+    expected = norm(x + residual)
+    found, total = decode_reference.add_rms_norm(x, residual, norm.weight, 1e-6, family == "gemma")
+    assert torch.equal(total, x + residual)
+    assert torch.equal(found, expected)
+    later = decode_reference.rms_norm(x.float() + residual.float(), norm.weight, 1e-6, family == "gemma").to(dtype)
+    assert torch.equal(later, expected) == (dtype == torch.float32)
+    router, total = router_of(96, 4), torch.empty_like(x)
+    needs = torch.full((1,), 9, dtype=torch.int32)
+    y, score, run = decode_reference.norm_route(
+        x,
+        norm.weight,
+        1e-6,
+        router,
+        threshold=0.1,
+        plus_one=family == "gemma",
+        needs=needs,
+        residual=residual,
+        total=total,
+    )
+    assert torch.equal(y, expected)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(score, router(expected))
+    assert torch.equal(run, ~(score > 0.1))
+    assert needs.item() == int(run.any())

@@ -1,4 +1,4 @@
-"""Layers that are nothing but MLPs, built as vLLM builds them, with what a gate needs to decide about them and to stand in."""
+"""Layers of a norm and an MLP, built as vLLM builds them, with what a gate needs to decide about them and to stand in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sedac_cli.gates.learned import Router
+from sedac_cli.gpu import decode_reference
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.vllm.session import StepRows
 from sedac_cli.vllm.surgery import Layer
@@ -40,24 +41,55 @@ class Mlp(nn.Module):
         return self.down_proj(self.act_fn(self.gate_up_proj(x)))
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(1 + 0.1 * torch.randn(width).bfloat16(), requires_grad=False)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x, residual=None):
+        """In place, as vLLM's kernel does it."""
+        if residual is None:
+            return decode_reference.rms_norm(x, self.weight, self.variance_epsilon)
+        normed, total = decode_reference.add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+        return x.copy_(normed), residual.copy_(total)
+
+
+class Block(nn.Module):
+    """A decoder layer as vLLM writes them, whose attention gives what it is given."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.attention, self.norm, self.mlp = nn.Identity(), RMSNorm(width), Mlp(width, inner)
+
+    def forward(self, hidden_states, residual):
+        hidden_states, residual = self.norm(self.attention(hidden_states), residual)
+        return self.mlp(hidden_states), residual
+
+
 def make_layers(device="cpu", width=WIDTH, inner=INNER):
     torch.manual_seed(0)
     with torch.device(device):
-        return [Layer(i, nn.Identity(), Mlp(width, inner), 0, None) for i in range(LAYERS)]
+        blocks = [Block(width, inner) for _ in range(LAYERS)]
+    return [Layer(i, block, block.mlp, 0, 1) for i, block in enumerate(blocks)]
 
 
-def normed(x):
-    return nn.functional.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+def normed(layer, x):
+    return layer.module.norm(x)
 
 
 def run_layers(session, layers, x):
-    """Each layer adds its own MLP to the stream."""
+    """The layers as vLLM runs them: the stream is what an MLP gave and, apart from it, what came before."""
+    hidden, residual = torch.zeros_like(x), x.clone()
     for layer in layers:
         if layer.index in session.looks:
-            session.look(layer.index, x, None)
-        n = normed(x)
-        x = x + (session.mlp(layer.index, n) if layer.index in session.gated else layer.mlp(n))
-    return x
+            session.look(layer.index, hidden, residual)
+        if layer.index in session.norms:
+            n, residual = session.norm(layer.index, hidden, residual)
+        else:
+            n, residual = layer.module.norm(hidden, residual)
+        hidden = session.mlp(layer.index, n) if layer.index in session.gated else layer.mlp(n)
+    return hidden + residual
 
 
 def rows(count, first=20, **more):
@@ -70,7 +102,7 @@ def by_hand(gate, standin, layers, x, step, off=None):
     force = torch.from_numpy(step.dense).to(x.device) if step.dense is not None else None
     state = gate.start(count, x.device, position=torch.from_numpy(step.position).to(x.device), force=force)
     for layer in layers:
-        n = normed(x)
+        n = normed(layer, x)
         gate.decide(layer.index, n if gate.looks_at == "mlp" else x, state)
         if bool((state.scale[:count] > 0).any()):
             x = x + layer.mlp(n)

@@ -6,9 +6,24 @@ import json
 import sys
 
 
+def join_norms(session) -> None:
+    """What a session on CUDA does where it pays: here for what it changes in the model, nothing else."""
+    from sedac_cli.vllm.norms import MlpNorm
+
+    found = {layer: MlpNorm.of(session.layers[layer]) for layer in session.gated}
+    session.norms = {layer: norm for layer, norm in found.items() if norm is not None}
+
+
 def main(options: dict) -> dict:
     from vllm import LLM, SamplingParams
 
+    normed = set()
+    if options.get("join_norms"):
+        from sedac_cli.vllm.session import Session
+
+        norm = Session.norm
+        Session.join_norms = join_norms
+        Session.norm = lambda self, layer, *rows: normed.add(layer) or norm(self, layer, *rows)
     llm = LLM(**options["engine"])
     sampling = SamplingParams(max_tokens=options.get("tokens", 8), temperature=0, ignore_eos=True, detokenize=False)
     rounds = []
@@ -20,7 +35,7 @@ def main(options: dict) -> dict:
     status = llm.collective_rpc("sedac_status") if options.get("gated", True) else None
     spent = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")} if options.get("metrics") else {}
     llm.llm_engine.engine_core.shutdown()
-    return {"rounds": rounds, "status": status, "metrics": spent}
+    return {"rounds": rounds, "status": status, "metrics": spent, "normed": sorted(normed)}
 
 
 if __name__ == "__main__":

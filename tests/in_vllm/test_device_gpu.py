@@ -24,14 +24,18 @@ pytestmark = [
 ]
 
 
-def make_session(gate, standin=None, mlp="nodes", full=True, **size):
+def make_session(gate, standin=None, mlp="nodes", full=True, joined=True, layers=None, **size):
+    """`joined`: norms and routers are one launch, if there are routers."""
     from sedac_cli.vllm.device import DeviceSession
 
-    layers = make_layers("cuda", **size)
+    layers = layers or make_layers("cuda", **size)
     settings = read_settings({"gate": "never", "mlp": mlp}, {})
     session = DeviceSession(settings, Plan(gate, standin or ZeroStandIn()), layers, torch.device("cuda"), 1024)
     session.forward = {i: layers[i].mlp.forward for i in session.gated}
     session.packs = session.packing_works()
+    if joined:
+        session.join_norms()
+    session.norm_forward = {i: norm.module.forward for i, norm in session.norms.items()}
     session.capture.whole = lambda: full
     return session, layers
 
@@ -69,7 +73,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("count", [1, 5, 20, 40])
 @pytest.mark.parametrize("name", list(GATES))
 @pytest.mark.parametrize("mlp", ["nodes", "kernels"])
 @torch.no_grad()
@@ -77,6 +81,7 @@ def test_a_replay_follows_the_gate(name, count, full, mlp):
     make = GATES[name]
     for standin in (ZeroStandIn(), standins("cuda")):
         session, layers = make_session(make(), standin, mlp, full)
+        assert list(session.norms) == (session.gated if name.startswith("routers") else [])
         x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
         graph, out = capture(session, layers, x)
         for step in (rows(count), rows(count, dense=np.arange(count) == 0), rows(count, first=0)):
@@ -89,15 +94,16 @@ def test_a_replay_follows_the_gate(name, count, full, mlp):
 
 
 @pytest.mark.parametrize("size", [{}, {"width": 3584, "inner": 18944}], ids=["small", "7B"])
-@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("count", [1, 8, 24])
 @pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("joined", [True, False])
 @torch.no_grad()
-def test_an_mlp_that_races_its_router_does_what_it_says(full, count, size):
+def test_an_mlp_that_races_its_router_does_what_it_says(joined, full, count, size):
     """Decisions that change from step to step and from layer to layer, so that a flag, a score or an output left over from the
     last step would be seen. Where all rows decide alike the same session without a graph must say the same, counters included."""
     width = size.get("width", WIDTH)
     standin = standins("cuda", width, rank=192 if size else 6, layers=[1, 3])
-    session, layers = make_session(LearnedGate(LAYERS, routers(width), 0.0), standin, "kernels", full, **size)
+    session, layers = make_session(LearnedGate(LAYERS, routers(width), 0.0), standin, "kernels", full, joined, **size)
     gate = session.gate
     x = torch.randn(count, width, device="cuda", dtype=torch.bfloat16)
     graph, out = capture(session, layers, x)
@@ -132,7 +138,7 @@ def nearest(gate, layers, x, standin):
     """How close any score comes to the threshold 0 on the way that a graph takes."""
     found = []
     for layer in layers:
-        n = normed(x)
+        n = normed(layer, x)
         score = gate.routers[layer.index](n) if layer.index in gate.routers else torch.full_like(n[:, 0].float(), -9.0)
         found.append(float(score.abs().min()))
         instead = standin.rows(layer.index, n) if bool((score > 0).all()) else layer.mlp(n)
@@ -140,13 +146,14 @@ def nearest(gate, layers, x, standin):
     return min(found)
 
 
+@pytest.mark.parametrize("joined", [True, False])
 @torch.no_grad()
-def test_graphs_of_several_sizes_race_with_the_same_memory():
+def test_graphs_of_several_sizes_race_with_the_same_memory(joined):
     """Flags, scores and scratch belong to all of them; what they leave behind in one graph must not be seen by the next."""
     gate, standin = LearnedGate(LAYERS, routers(), 0.0), standins("cuda")
-    session, layers = make_session(gate, standin, "kernels")
+    session, layers = make_session(gate, standin, "kernels", joined=joined)
     made = []
-    for count in (32, 8, 4, 1):  # 32 in nodes
+    for count in (40, 32, 8, 4, 1):  # 40 in nodes
         x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
         made.append((count, x, *capture(session, layers, x)))
     for number in range(12):
@@ -160,6 +167,77 @@ def test_graphs_of_several_sizes_race_with_the_same_memory():
     assert session.status()["skipped"] == [0, 6 * 45, 6 * 45, 6 * 45]
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """The names of our own launches, in order."""
+    from sedac_cli.gpu import conditional, decode, probe, skinny
+
+    found = []
+    for module in (conditional, decode, probe, skinny):
+        launch = module.launch
+
+        def noted(family, entry, constants, *args, launch=launch, **more):
+            found.append(entry)
+            return launch(family, entry, constants, *args, **more)
+
+        monkeypatch.setattr(module, "launch", noted)
+    return found
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("mlp", ["nodes", "kernels"])
+@torch.no_grad()
+def test_what_a_learned_gate_launches(launches, mlp, full):
+    """Per gated layer one launch ahead of the MLP where rows are few, else the norm and the router; none of their own where a norm
+    is not known."""
+    layers = make_layers("cuda")
+    layers[2].module.norm.variance_size_override = WIDTH // 2
+    session, layers = make_session(LearnedGate(LAYERS, routers(), 0.0), mlp=mlp, full=full, layers=layers)
+    assert list(session.norms) == [1, 3]
+    behind = ["batch", "batch"] if mlp == "kernels" else []
+    for count in (32, 33):
+        x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
+        session.begin(None)
+        run_layers(session, layers, x)
+        launches.clear()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="relaxed"):
+            run_layers(session, layers, x)
+        if count == 32:
+            assert launches == ["norm_route", *behind, "router_few", *behind, "norm_route", *behind]
+        else:
+            assert launches == ["rms_norm", "router_few", "router_few", "rms_norm", "router_few"]
+
+
+@pytest.mark.parametrize("count", [1, 8, 32, 33, 600])
+@torch.no_grad()
+def test_a_step_without_a_graph_norms_as_a_graph_does(count):
+    """The same stream to the bit, which is not written into; and it is the sum, rounded, and its norm."""
+    session, layers = make_session(LearnedGate(LAYERS, routers(), 0.0), mlp="kernels")
+    hidden, residual = (torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    kept = hidden.clone(), residual.clone()
+    session.begin(None)
+    for layer in session.gated:
+        session.mlp(layer, session.norm(layer, hidden, residual)[0])
+    torch.cuda.synchronize()
+    graph, found = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        for layer in session.gated:
+            found.append(session.norm(layer, hidden, residual))
+            session.mlp(layer, found[-1][0])
+    session.begin(rows(count))
+    graph.replay()
+    for layer, (normed_rows, total) in zip(session.gated, found, strict=True):
+        alone, sum_alone = session.norm(layer, hidden, residual)
+        assert torch.equal(total, hidden + residual)
+        assert torch.equal(sum_alone, total)
+        assert torch.equal(normed_rows, alone)
+        expected = layers[layer].module.norm(hidden + residual)
+        torch.testing.assert_close(alone.float(), expected.float(), rtol=2**-6, atol=2**-7)
+    assert torch.equal(hidden, kept[0])
+    assert torch.equal(residual, kept[1])
+
+
 @torch.no_grad()
 def test_all_on_is_the_same_to_the_bit_and_all_off_leaves_the_stream():
     session, layers = make_session(ForcedGate(LAYERS, []))
@@ -167,7 +245,7 @@ def test_all_on_is_the_same_to_the_bit_and_all_off_leaves_the_stream():
     graph, out = capture(session, layers, x)
     plain = x.clone()
     for layer in layers:
-        plain = plain + layer.mlp(normed(plain))
+        plain = plain + layer.mlp(normed(layer, plain))
     session.begin(rows(7))
     graph.replay()
     assert torch.equal(out, plain)
@@ -182,7 +260,7 @@ def test_all_on_is_the_same_to_the_bit_and_all_off_leaves_the_stream():
 def test_graphs_of_several_sizes_share_the_bodies_memory():
     session, layers = make_session(ForcedGate(LAYERS, [1]))
     made = []
-    for count in (32, 8, 1):
+    for count in (40, 32, 8, 1):
         x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
         made.append((count, x, *capture(session, layers, x)))
     for _ in range(2):
@@ -254,7 +332,7 @@ def test_steps_without_a_graph_decide_row_by_row():
     session, layers = make_session(gate)
     assert session.packs
     x = torch.randn(700, WIDTH, device="cuda", dtype=torch.bfloat16)
-    risk = gate.probes[1](x + layers[0].mlp(normed(x)))
+    risk = gate.probes[1](x + layers[0].mlp(normed(layers[0], x)))
     session.set_thresholds([float(risk.median())])
     session.begin(rows(700))
     run_layers(session, layers, x)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mlps import INNER, LAYERS, WIDTH, by_hand, make_layers, routers, rows, run_layers, standins
+from mlps import INNER, LAYERS, WIDTH, RMSNorm, by_hand, make_layers, routers, rows, run_layers, standins
 
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.stability import StabilityGate
-from sedac_cli.gpu import decode_reference, reference, skinny
+from sedac_cli.gpu import decode, decode_reference, reference, skinny
 from sedac_cli.gpu.skinny import PENDING
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.standins import ZeroStandIn
@@ -37,13 +37,30 @@ class Recorder:
         self.launches.append(
             {"what": "router", "flag": needs.data_ptr(), "was": int(needs), "memory": None if out is None else (*out, scratch)}
         )  # fmt: skip
-        router = self.gate.routers[next(k for k, w in self.weights.items() if w is weights)]
+        router = self.router_of(weights)
         return reference.router_score(x, router, threshold=threshold, may_skip=may_skip, real=real, needs=needs)
 
-    def gated(self, x, gate, up, activation, *, need, settled=False, racing=False):
+    def router_of(self, weights):
+        return self.gate.routers[next(k for k, w in self.weights.items() if w is weights)]
+
+    def norm_route(self, x, weight, eps, weights, scratch, *, needs, arm, decided, ready, residual, total, **decision):
+        assert arm is None
+        assert total.data_ptr() not in (x.data_ptr(), residual.data_ptr())
         self.launches.append(
-            {"what": "gated", "flag": need.data_ptr(), "was": int(need), "settled": settled, "racing": racing}
+            {"what": "norm and router", "flag": needs.data_ptr(), "was": int(needs), "memory": (*decided, scratch)}
+        )  # fmt: skip
+        found = decode_reference.norm_route(
+            x, weight, eps, self.router_of(weights), needs=needs, residual=residual, total=total, **decision
         )
+        if ready is not None:
+            ready += decode.norm_route_parts(*x.shape)
+        return found
+
+    def gated(self, x, gate, up, activation, *, need, settled=False, racing=False, ready=None):
+        waits = None if ready is None else (int(ready[0]), ready[1])
+        self.launches.append(
+            {"what": "gated", "flag": need.data_ptr(), "was": int(need), "settled": settled, "racing": racing, "ready": waits}
+        )  # fmt: skip
         return decode_reference.skinny_gated(x, gate, up, activation, need=need)
 
     def linear(self, x, weights, biases=None, *, need, when=True, settled=False, **more):
@@ -58,7 +75,7 @@ class Recorder:
 def pretend(monkeypatch):
     """A session that believes it is captured on a GPU. What a launch does not write is not a number."""
 
-    def make(gate, standin, whole=True, layers=None):
+    def make(gate, standin, whole=True, layers=None, joined=False):
         from sedac_cli.vllm.device import DeviceSession
 
         recorder = Recorder(gate)
@@ -67,6 +84,8 @@ def pretend(monkeypatch):
         monkeypatch.setattr(few_rows, "fits_skinny", lambda x: True)
         monkeypatch.setattr(skinny, "skinny_gated", recorder.gated)
         monkeypatch.setattr(skinny, "skinny_linear", recorder.linear)
+        monkeypatch.setattr(decode, "norm_route", recorder.norm_route)
+        monkeypatch.setattr(decode, "add_rms_norm", decode_reference.add_rms_norm)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))
@@ -75,6 +94,8 @@ def pretend(monkeypatch):
         session = DeviceSession(settings, Plan(gate, standin), layers, torch.device("cpu"), 64)
         session.capture.whole = lambda: whole
         recorder.weights = session.capture.routers
+        if joined:
+            session.join_norms()
         return session, layers, recorder
 
     return make
@@ -92,9 +113,11 @@ def one_pass(session, layers, x, step):
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("limit", [-1e9, 0.0, 1e9])
 @pytest.mark.parametrize("which", ["none", "all", "some"])
-def test_a_pass_is_what_the_gate_says(pretend, which, limit, count, whole):
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_pass_is_what_the_gate_says(pretend, which, limit, count, whole, joined):
     standin = {"none": ZeroStandIn(), "all": standins(), "some": standins(layers=[2])}[which]
-    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), limit), standin, whole)
+    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), limit), standin, whole, joined=joined)
+    assert sorted(session.norms) == (session.gated if joined else [])
     expected_skips = [0] * LAYERS
     for number in range(3):
         recorder.launches.clear()
@@ -127,6 +150,56 @@ def test_rows_that_are_padding_or_must_run_decide_as_ever(pretend):
 
 
 @pytest.mark.parametrize("which", ["none", "all"])
+def test_an_mlp_that_races_its_router_waits_for_its_rows_alone(pretend, which):
+    standin = standins() if which == "all" else ZeroStandIn()
+    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), 0.0), standin, joined=True)
+    for _ in range(2):  # in the second pass no counter may begin where the first left it
+        recorder.launches.clear()
+        one_pass(session, layers, torch.randn(2, WIDTH).bfloat16(), rows(2))
+        each = ["norm and router", "gated", "down"] + (["instead", "instead"] if which == "all" else [])
+        assert recorder.words() == each * 3
+        for place in range(3):
+            router, gated, *rest = recorder.launches[place * len(each) : (place + 1) * len(each)]
+            assert router["was"] == PENDING
+            assert gated["flag"] == router["flag"] == session.capture.flags[place : place + 1].data_ptr()
+            assert gated["racing"]
+            assert gated["ready"] == (PENDING + 2, PENDING + 2), "a part for each of two rows of one slice"
+            assert all(launch["settled"] and launch["flag"] == router["flag"] for launch in rest)
+        kept = [t.data_ptr() for t in session.capture.few.memory]
+        assert all(
+            [t.data_ptr() for t in launch["memory"]] == kept
+            for launch in recorder.launches
+            if launch["what"] == "norm and router"
+        )
+
+
+@pytest.mark.parametrize("what", ["another class", "another rule", "another size"])
+def test_a_norm_that_is_not_known_stays_and_its_router_is_a_launch(pretend, what):
+    """In the midst of others that are known."""
+    layers = make_layers()
+    norm = layers[2].module.norm
+    if what == "another class":
+        norm.__class__ = type("OtherNorm", (RMSNorm,), {})
+    elif what == "another rule":
+        norm.__class__ = type(
+            "RMSNorm", (RMSNorm,), {"forward": lambda self, x, r: (2 * RMSNorm.forward(self, x, r)[0], x + r)}
+        )
+    else:
+        norm.variance_size_override = WIDTH // 2
+    gate = LearnedGate(LAYERS, routers(), 0.0)
+    session, _, recorder = pretend(gate, ZeroStandIn(), layers=layers, joined=True)
+    assert sorted(session.norms) == [1, 3]
+    one_pass(session, layers, torch.randn(2, WIDTH).bfloat16(), rows(2))
+    behind = ["gated", "down"]
+    assert recorder.words() == ["norm and router", *behind, "router", *behind, "norm and router", *behind]
+    assert [launch["ready"] is None for launch in recorder.launches if launch["what"] == "gated"] == [
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("which", ["none", "all"])
 def test_an_mlp_races_the_router_just_ahead_of_it(pretend, which):
     session, layers, recorder = pretend(
         LearnedGate(LAYERS, routers(), 0.0), standins() if which == "all" else ZeroStandIn()
@@ -147,13 +220,16 @@ def test_an_mlp_races_the_router_just_ahead_of_it(pretend, which):
         assert [t.data_ptr() for t in (score, run, scratch)] == [t.data_ptr() for t in kept]
 
 
-def test_in_a_piece_of_a_graph_nothing_races(pretend):
-    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), 0.0), standins(), whole=False)
+@pytest.mark.parametrize("joined", [True, False])
+def test_in_a_piece_of_a_graph_nothing_races(pretend, joined):
+    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), 0.0), standins(), whole=False, joined=joined)
     one_pass(session, layers, torch.randn(2, WIDTH).bfloat16(), rows(2))
+    assert recorder.words()[0] == ("norm and router" if joined else "router")
     for launch in recorder.launches:
         assert not launch.get("racing")
+        assert launch.get("ready") is None
         assert launch.get("was") != PENDING
-        assert launch.get("memory") is None
+        assert joined or launch.get("memory") is None
 
 
 def test_flags_that_are_known_are_waited_for_once(pretend):
@@ -176,16 +252,19 @@ def test_a_rule_in_torch_is_waited_for(pretend):
     assert not any(launch.get("settled") for launch in recorder.launches if launch["what"] == "gated")
 
 
-def test_a_stand_in_of_another_kind_is_run_in_torch(pretend):
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_stand_in_of_another_kind_is_run_in_torch(pretend, joined):
+    """On the rows that the MLP would have had: with a norm that is launched with its router, not on those from before it."""
+
     class Watched(LowRankStandIns):
         pass
 
     standin = Watched(standins().by_layer)
-    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), -1e9), standin)
+    session, layers, recorder = pretend(LearnedGate(LAYERS, routers(), -1e9), standin, joined=joined)
     x = torch.randn(2, WIDTH).bfloat16()
     out = one_pass(session, layers, x, rows(2))
     torch.testing.assert_close(out.float(), by_hand(session.gate, standin, layers, x, rows(2)).float(), **CLOSE)
-    assert recorder.words() == ["router", "gated", "down"] * 3
+    assert recorder.words() == ["norm and router" if joined else "router", "gated", "down"] * 3
 
 
 @pytest.mark.parametrize("limit", [-1e9, 1e9])

@@ -33,7 +33,15 @@ def model(tmp_path_factory):
 
 
 def offline(
-    folder: Path, sedac=None, environment=None, prompts=PROMPTS, tokens=8, force=(None,), metrics=False, **engine
+    folder: Path,
+    sedac=None,
+    environment=None,
+    prompts=PROMPTS,
+    tokens=8,
+    force=(None,),
+    metrics=False,
+    join_norms=False,
+    **engine,
 ):
     """What `offline.py` answers."""
     values = ENGINE | {"model": str(folder)} | engine
@@ -41,7 +49,7 @@ def offline(
         values["additional_config"] = {"sedac": sedac}
     options = {
         "engine": values, "prompts": prompts, "tokens": tokens, "force": list(force), "gated": sedac is not None,
-        "metrics": metrics,
+        "metrics": metrics, "join_norms": join_norms,
     }  # fmt: skip
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(

@@ -34,6 +34,28 @@ __device__ __forceinline__ void unpack(const uint4& q, float (&v)[Vec<KIND>::N])
   }
 }
 
+template <int KIND>
+__device__ __forceinline__ uint4 pack(const float (&v)[Vec<KIND>::N]) {
+  u32 word[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (KIND == 0) word[i] = __float_as_uint(v[i]);
+    else word[i] = (u32)narrow<KIND>(v[2 * i]) | (u32)narrow<KIND>(v[2 * i + 1]) << 16;
+  }
+  return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+// The sum, rounded to the element type: what a residual stream carries on.
+template <int KIND>
+__device__ __forceinline__ uint4 add_vec(const uint4& a, const uint4& b) {
+  float x[Vec<KIND>::N], y[Vec<KIND>::N];
+  unpack<KIND>(a, x);
+  unpack<KIND>(b, y);
+#pragma unroll
+  for (int j = 0; j < Vec<KIND>::N; ++j) x[j] += y[j];
+  return pack<KIND>(x);
+}
+
 // One vector of a row that may be unaligned, or end inside the vector: missing elements are 0. FRESH: what the launch ahead may
 // have written while this one had begun already, which must not come by way of the read-only cache.
 template <int KIND, bool FRESH = false>
@@ -48,6 +70,22 @@ __device__ __forceinline__ uint4 load_vec(const typename Elem<KIND>::raw* p, int
     }
   }
   return make_uint4(word[0], word[1], word[2], word[3]);
+}
+
+template <int KIND>
+__device__ __forceinline__ void store_vec(typename Elem<KIND>::raw* p, const uint4& q, int valid, bool aligned) {
+  if (aligned && valid >= Vec<KIND>::N) {
+    *(uint4*)p = q;
+    return;
+  }
+  const u32 word[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+  for (int i = 0; i < Vec<KIND>::N; ++i) {
+    if (i < valid) {
+      if constexpr (KIND == 0) p[i] = word[i];
+      else p[i] = (u16)(word[i / 2] >> (16 * (i & 1)));
+    }
+  }
 }
 
 // Rows of a [rows, width] or [batch, seq, width] tensor with any strides on the leading axes.

@@ -3,15 +3,20 @@
 // SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
 // of an RMSNorm, so its mean is small against its deviation and nothing cancels.
 // `ready` counts the blocks whose part of y is there, for a launch that begins before the decision is made.
-// Constants: T and those of router_parts.cuh.
+// RESIDUAL: y = norm(x + residual), the sum rounded to T first and written to `sum_out`, slice by slice as y is. All blocks of a row
+// read both rows whole, so neither output may lie in an input's memory.
+// Constants: T, RESIDUAL (0, 1) and those of router_parts.cuh.
+
+#define HELD 2
 
 typedef Elem<T>::raw raw;
 
 extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
-    const float* matrix, int padded, const float* outer, int units, const float* bias, float norm_eps, float* partial,
-    u32* counter, const float* threshold_at, float threshold, float* score_out, u8* run_out, const u8* may_skip,
-    const u8* real, int* needs, const u64* handles, int handle_count, int has_opposite, int* ready) {
+    const raw* residual, i64 r_stride, raw* sum_out, i64 sum_stride, const float* matrix, int padded, const float* outer,
+    int units, const float* bias, float norm_eps, float* partial, u32* counter, const float* threshold_at, float threshold,
+    float* score_out, u8* run_out, const u8* may_skip, const u8* real, int* needs, const u64* handles, int handle_count,
+    int has_opposite, int* ready) {
   __shared__ __align__(16) float slice[SLICE];
   __shared__ float shared[32], products[UNITS + 2];
   const int row = blockIdx.y, from = blockIdx.x * SLICE, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -27,20 +32,53 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
   ends.load(outer, bias, units, warp, lane);
   settle();
   release();
+  // All that comes from memory is asked for at once, and nothing is looked at before: the first HELD vectors of the row, this
+  // block's part of it, the masks.
+  constexpr int N = Vec<T>::N, STRIDE = NORM_THREADS * N;
+  const int begin = threadIdx.x * N;
   const raw* p = x + row * x_stride;
+#if RESIDUAL
+  const raw* r = residual + row * r_stride;
+  const bool aligned = (((u64)p | (u64)r) & 15) == 0;
+  struct Both { uint4 x, residual; };
+  auto ask = [&](int i) {
+    return Both{load_vec<T, true>(p + i, width - i, aligned), load_vec<T, true>(r + i, width - i, aligned)};
+  };
+  auto value = [](const Both& q) { return add_vec<T>(q.x, q.residual); };
+#else
   const bool aligned = ((u64)p & 15) == 0;
-  const bool may = !may_skip || may_skip[row], counts = !real || real[row];
-  const float limit = number(threshold_at, threshold);
-  raw own[SLICE / THREADS];
+  auto ask = [&](int i) { return load_vec<T, true>(p + i, width - i, aligned); };
+  auto value = [](const uint4& q) { return q; };
+#endif
+  decltype(ask(0)) held[HELD];
 #pragma unroll
-  for (int i = 0; i < SLICE / THREADS; ++i) own[i] = p[min(from + (int)threadIdx.x + i * THREADS, width - 1)];
-  const float scale = norm_scale(width, eps, shared, [&](int i) { return load_vec<T, true>(p + i, width - i, aligned); });
+  for (int h = 0; h < HELD; ++h)
+    if (begin + h * STRIDE < width) held[h] = ask(begin + h * STRIDE);
+  raw own[SLICE / THREADS];
+  [[maybe_unused]] raw other[SLICE / THREADS];
+#pragma unroll
+  for (int i = 0; i < SLICE / THREADS; ++i) {
+    const int at = min(from + (int)threadIdx.x + i * THREADS, width - 1);
+    own[i] = p[at];
+#if RESIDUAL
+    other[i] = r[at];
+#endif
+  }
+  const int may = may_skip ? may_skip[row] : 1, counts = real ? real[row] : 1;
+  const float limit = number(threshold_at, threshold);
+  const float scale = norm_scale(width, eps, shared, [&](int i) {
+    return value(i == begin ? held[0] : i == begin + STRIDE ? held[1] : ask(i));
+  });
   float sum = 0.0f, square = 0.0f;
 #pragma unroll
   for (int i = 0; i < SLICE / THREADS; ++i) {
     const int in_slice = threadIdx.x + i * THREADS;
     float y = 0.0f;
     if (from + in_slice < width) {
+#if RESIDUAL
+      own[i] = narrow<T>(widen<T>(own[i]) + widen<T>(other[i]));
+      sum_out[row * sum_stride + from + in_slice] = own[i];
+#endif
       const raw stored = narrow<T>(normed(widen<T>(own[i]), scale, norm_weight[i], plus_one));
       out[row * out_stride + from + in_slice] = stored;
       y = widen<T>(stored);
