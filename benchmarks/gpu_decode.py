@@ -205,11 +205,11 @@ def main() -> int:
         print("\n".join(done.stdout.splitlines()[-100:]) + done.stderr[-1500:], flush=True)
     bench = Bench(chosen.repeats, 300)
     copy(bench)
-    for rows in (1, 8):
+    for rows in (1, 8, 16, 32, 64):
         linears(bench, rows)
-    for rows, places in ((1, 512), (1, 4096), (32, 512)):
+    for rows, places in ((1, 512), (1, 4096), (8, 512), (32, 512), (32, 2048)):
         glue(bench, rows, places)
-    for rows, places in ((1, 512), (1, 4096), (8, 512)):
+    for rows, places in ((1, 512), (1, 4096), (8, 512), (32, 512)):
         chain(bench, rows, places)
     prefill(bench)
     table(bench)

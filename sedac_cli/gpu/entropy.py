@@ -180,7 +180,7 @@ def _launch(rows: Rows, outputs: list[Tensor | None], constants: dict[str, int],
     norms = [torch.empty(rows.count if apart else items, 2, dtype=torch.float32, device=device)] if decision else []
     launch(
         "entropy", "entropy", constants | form.constants, device,
-        grid=(how.blocks + rows.count * apart,), threads=THREADS, shared=form.shared,
+        grid=(how.blocks + rows.count * apart,), threads=THREADS, shared=form.shared, early=True,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), I32(how.parts), I32(how.chunk), partial, counters(device),
             I32(MAX_ROWS if how.queued else -1), *outputs, *norms, *extra,

@@ -107,6 +107,7 @@ def test_an_mlp_that_races_its_router_does_what_it_says(joined, full, count, siz
     gate = session.gate
     x = torch.randn(count, width, device="cuda", dtype=torch.bfloat16)
     graph, out = capture(session, layers, x)
+    roundings = 0.16  # five of values from 4 to 8
     seen = set()
     for number in range(60):
         limit, alike = (0.0, -1e9, 0.0, 1e9)[number % 4], number % 8 < 4 or count == 1
@@ -120,7 +121,7 @@ def test_an_mlp_that_races_its_router_does_what_it_says(joined, full, count, siz
         session.reset()
         session.begin(step)
         graph.replay()
-        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=0.1)
+        torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=roundings)
         counted = session.status()["skipped"]
         assert counted == [count if layer in off else 0 for layer in range(LAYERS)], (number, off)
         if not alike and limit == 0.0:
@@ -129,7 +130,7 @@ def test_an_mlp_that_races_its_router_does_what_it_says(joined, full, count, siz
         session.begin(step)
         alone = run_layers(session, layers, x)
         session.end()
-        torch.testing.assert_close(out.float(), alone.float(), rtol=2e-2, atol=0.1)
+        torch.testing.assert_close(out.float(), alone.float(), rtol=2e-2, atol=roundings)
         assert session.status()["skipped"] == counted
     assert {(), (1, 2, 3)} < seen
 
@@ -164,7 +165,8 @@ def test_graphs_of_several_sizes_race_with_the_same_memory(joined):
             graph.replay()
             expected = by_hand(gate, standin, layers, x, rows(count))
             torch.testing.assert_close(out.float(), expected.float(), rtol=2e-2, atol=6e-2)
-    assert session.status()["skipped"] == [0, 6 * 45, 6 * 45, 6 * 45]
+    skipped = 6 * sum(count for count, *_ in made)
+    assert session.status()["skipped"] == [0, skipped, skipped, skipped]
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_what_a_learned_gate_launches(launches, mlp, full):
         if count == 32:
             assert launches == ["norm_route", *behind, "router_few", *behind, "norm_route", *behind]
         else:
-            assert launches == ["rms_norm", "router_few", "router_few", "rms_norm", "router_few"]
+            assert launches == ["rms_norm", "router", "router", "rms_norm", "router"]
 
 
 @pytest.mark.parametrize("count", [1, 8, 32, 33, 600])

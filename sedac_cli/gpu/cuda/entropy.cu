@@ -253,6 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
     float progress, u8* decision_out, float* load_out
 #endif
 ) {
+  settle();
+  release();
   Outputs out;
   out.entropy = entropy_out;
   out.confidence = confidence_out;
