@@ -124,13 +124,15 @@ def quality(lab: Lab) -> None:
     found: dict[str, Any] = {}
     for share in [float(x) for x in args.gate_shares.split(",")]:
         gate = f"learned:{args.gate_file}@{share}"
+        more = trained(lab) | ONE_BY_ONE
+        specs = [lab.plain("plain-trained", **more), lab.spec(f"learned-trained-{share}", {"gate": gate}, **more)]
+        if not args.alone:
+            lab.engines([spec for spec in specs if spec.name not in found])
         hf = reference(
             lab, f"validate-{share}", 240, do="validate", model=str(args.model), gate=gate, text=str(args.text),
             samples=args.samples, length=512, dtype=args.dtype,
         )  # fmt: skip
         samples = hf.pop("samples")
-        more = trained(lab) | ONE_BY_ONE
-        specs = [lab.plain("plain-trained", **more), lab.spec(f"learned-trained-{share}", {"gate": gate}, **more)]
         scored = {}
         for spec in specs:
             if spec.name in found:

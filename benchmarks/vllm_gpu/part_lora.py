@@ -2,7 +2,7 @@
 
 Each request is compared with the Hugging Face runtime, in float32, with its adapter added to the weights and the same layers off;
 layers that are off must be counted, exactly those, for every token. The adapters' kernels add in no fixed order, so nothing need be
-the same to the bit, plain vLLM not even as itself: the row `again` says how far it is from what it said before.
+the same to the bit: the row `again` says how far plain vLLM is from what it said before.
 """
 
 from __future__ import annotations
