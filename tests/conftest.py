@@ -298,7 +298,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(
-    scope="session", params=os.environ.get("SEDAC_TEST_FAMILIES", "qwen2,llama,qwen3,mistral,gemma").split(",")
+    scope="session", params=os.environ.get("SEDAC_TEST_FAMILIES", "qwen2,llama,qwen3,mistral,gemma,phi3").split(",")
 )
 def family(request, tmp_path_factory):
     """(vLLM on the CPU in this process, the same tiny model under Hugging Face), for one family after the other."""

@@ -28,13 +28,16 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "sm_100": 227}
 """KiB of shared memory a block may ask for."""
+FEWEST = {"attend": 1, "batch": 2}
+"""Stages that a wrapper goes down to where shared memory is small; 3 for the others."""
 
 
 def architectures(chosen: Sequence[str], constants: dict[str, int]) -> list[str]:
-    """Where a form runs: warpgroup products are Hopper's alone, clusters came with it."""
+    """Where a form runs: warpgroup products are Hopper's alone; clusters, and launches that race their decision, came with it."""
     if "CLUSTER" in constants:
         return ["sm_90a"] if "sm_90" in chosen else []
-    return [arch for arch in chosen if "CLUSTERED" not in constants or arch in ("sm_90", "sm_100")]
+    late = "CLUSTERED" in constants or constants.get("RACES")
+    return [arch for arch in chosen if not late or arch in ("sm_90", "sm_100")]
 
 
 def forms() -> Iterator[tuple[str, dict[str, int]]]:
@@ -61,9 +64,10 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             for per_block, loop, x_source in product((1,) if gated else (1, 2), (False, True), (0, 1, 2)):
                 for races in (False, True) if gated and x_source < 2 else (False,):
                     yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races)
-            for made, stages, races in product(SHAPES, (2, 3, 4), (False, True) if gated else (False,)):
-                if stages <= made.stages:
-                    yield "batch", replace(made, stages=stages).constants(t, gated, act, races)
+            for made, races in product(SHAPES, (False, True) if gated else (False,)):
+                yield "batch", made.constants(t, gated, act, races)
+                if act < 2:  # what is left of the ring where shared memory is small
+                    yield "batch", replace(made, stages=2).constants(t, gated, act, races)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     for t in range(3):
@@ -133,7 +137,7 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
         refuse_shared(family, fixed, dynamic, LIMITS[arch] * 1024)
     except RuntimeError as error:
         # What the wrapper goes down to on small chips must fit; more stages are tried on every chip, and not used there.
-        if constants.get("STAGES", 0) <= (2 if family == "batch" else 3):
+        if constants.get("STAGES", 0) <= FEWEST.get(family, 3):
             return False, str(error)
     return True, f"registers {'/'.join(registers)}, spilled bytes {'/'.join(spills)}, shared {fixed} + {dynamic}"
 
