@@ -29,6 +29,7 @@ SOURCES = Path(__file__).parent / "cuda"
 SHARED_SOURCES = ("primitives.cuh", "common.cuh")
 OWN = {
     "entropy": ("entropy_state.cuh",), "norm_route": ("router_parts.cuh",), "router_few": ("router_parts.cuh",),
+    "skinny": ("linear_parts.cuh",), "batch": ("linear_parts.cuh",),
 }  # fmt: skip
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every chip with clusters takes; more must be asked for."""

@@ -118,9 +118,9 @@ def _sum_args(x: Tensor, residual: Tensor | None, total: Tensor | None) -> list[
 def attend_constants(
     element: int, heads: Heads, rows: int, places: int, processors: int, shared: int, clusters: bool = False
 ) -> dict[str, int]:
-    """`shared`: bytes a block may have. As many shares as there are multiprocessors: a
-    cluster that finds no room at once doubles the time. With clusters, the blocks of a group
-    are one where that leaves none of their warps more than MOST_TILES tiles of keys: they need no memory between them."""
+    """`shared`: bytes a block may have. As many shares as there are multiprocessors: a cluster that finds no room at once doubles
+    the time. With clusters, the blocks of a group are one where that leaves none of their warps more than MOST_TILES tiles of
+    keys: they need no memory between them."""
     splits = max(1, min(32, -(-places // KEYS), processors // (rows * heads.key)))
     constants = {
         "T": element, "D": heads.size, "G": heads.group, "WARPS": WARPS, "STAGES": STAGES, "SPLITS": splits
@@ -223,8 +223,9 @@ def norm_route(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """rms_norm(x) [M, H] and, of it, the router's (score [M], run [M]) as router_score gives them, in one launch.
 
-    With a `residual`, what is normed is x + residual, rounded as in add_rms_norm; the sum goes to `total`. `ready` (int32, one entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it,
-    `decided` must be given and, like `scratch`, outlive what starts then."""
+    With a `residual`, what is normed is x + residual, rounded as in add_rms_norm; the sum goes to `total`. `ready` (int32, one
+    entry) is raised by `norm_route_parts` once the normed rows are there, before the decision is: with it, `decided` must be
+    given and, like `scratch`, outlive what starts then."""
     rows, width = x.shape
     if width != router.width:
         raise ValueError(f"rows of {width}; the router reads {router.width}")

@@ -1,4 +1,4 @@
-// y = act(x W^T + b) (+ residual) for the rows of a batch, 9 to 64: the weights are read once, at the speed of memory.
+// y = act(x W^T + b) (+ residual) for the rows of a batch, 9 to 64: the weights are read once.
 //
 // Work comes in units: TILE rows of W times a step of k. A block takes an equal run of consecutive units, whatever tiles they belong
 // to, so that all end together; a tile that lies in several runs is put together by the block of them that ends last, part by part
@@ -16,26 +16,6 @@
 #define PIECES (8 * KC)            // of 16 bytes, of a row, in a step
 #define LINES (TILE + 8 * NT)      // rows of 128 bytes
 #define SLOT (LINES * 128 * KC)
-#define PENDING (-1)
-
-typedef Elem<T>::raw raw;
-
-// 16 bytes on their way into shared memory; the 256-byte hint lets the cache fetch the row ahead.
-__device__ __forceinline__ void stream16(u32 to, const raw* p, u32 bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(to), "l"(p), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ float activate(float x) {
-#if ACT == 1
-  return x / (1.0f + __expf(-x));
-#elif ACT == 2
-  return 0.5f * x * (1.0f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-#elif ACT == 3
-  return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-#else
-  return x;
-#endif
-}
 
 // Where a tile lies: of which matrix, from which row of it on, and in which column of y the matrix begins.
 struct Tile {
@@ -133,11 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     }
 #if RACES
   __shared__ volatile int verdict[2];  // in turns: who is behind reads the one, thread 0 may write the other
-  if (threadIdx.x == 0 && ready) {
-    int now;
-    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(ready) : "memory");
-    while (now < parts);
-  }
+  if (threadIdx.x == 0 && ready) wait_for(ready, parts);
   __syncthreads();
   int seen = PENDING;
 #else
