@@ -71,7 +71,8 @@ def require_graphs(loaded: LoadedModel) -> None:
 
     if loaded.device.type != "cuda":
         raise InputError(
-            f"the graph engine needs a CUDA GPU; this model is on {loaded.device}", hint="--engine eager runs anywhere"
+            f"the graph engine needs a CUDA GPU; this model is on {loaded.device}",
+            hint="--engine eager (of sedac serve: --backend eager) runs anywhere",
         )
     try:
         require_conditional_nodes()
