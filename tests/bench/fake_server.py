@@ -45,15 +45,6 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.arrived.append(time.monotonic())
             number = len(self.server.bodies)
-            self.server.active += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.active)
-        try:
-            self.answer(body, number)
-        finally:
-            with self.server.lock:
-                self.server.active -= 1
-
-    def answer(self, body, number):
         if body.get("echo"):
             return self.logprobs(body)
         way = self.way
@@ -80,7 +71,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def stream(self, body, number):
         way, count = self.way, body["max_tokens"]
+        with self.server.lock:
+            self.server.active += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.active)
         time.sleep(self.server.first)
+        with self.server.lock:  # before the first token: a client that has its answer may ask again at once
+            self.server.active -= 1
         for index in range(count):
             if way == "hangs" and index == 2:
                 time.sleep(1.5)

@@ -184,7 +184,7 @@ def test_counters_are_the_sums_of_what_clients_saw(server):
     for layer in range(4):
         assert rose(f"sedac_exits_total{{{layer}}}") == sum(s.get("sedac", s)["exits"].get(str(layer), 0) for s in seen)
     new = sum(s["usage"]["completion_tokens"] for s in seen[:3]) + 6
-    assert rose("sedac_generated_tokens_total") == rose("sedac_entropy_bits_count") == new == 44 + 5 + 24 + 6
+    assert rose("sedac_generated_tokens_total") == rose("sedac_entropy_bits_count") == new
     assert rose("sedac_requests_total{completions,ok}") == 3
     assert rose("sedac_requests_total{batch_generate,ok}") == 1
     assert after["sedac_skip_ratio"] == pytest.approx(after["sedac_mlps_skipped_total"] / after["sedac_mlps_total"])
