@@ -55,6 +55,8 @@ class TokenState:
     memory: dict[str, Tensor] = field(default_factory=dict)
     layer: int = -1
     """The last one decided."""
+    held: bool = False
+    """It was decided there as in the layer before: `scale` was not written."""
 
 
 class Gate:
@@ -129,7 +131,8 @@ class Gate:
         before, state.layer = state.layer, layer
         protected = self.guards.protects(layer, self.num_layers)
         same = before == layer - 1 >= 0 and protected == self.guards.protects(before, self.num_layers)
-        if same and self.holds(layer):
+        state.held = same and self.holds(layer)
+        if state.held:
             return
         wanted = self.rule(layer, hidden, state)
         if protected:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
+from sedac_cli.runtime.decision import Decision
 from sedac_cli.runtime.on_device import PACK_FROM, OnDevice
 from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -131,6 +132,7 @@ class _Installed:
         self.saved: list[tuple[nn.Module, Any]] = []
         self.state: TokenState | None = None
         self.counts: Tensor | None = None
+        self.last: Decision | None = None
         self.skipped = torch.zeros_like(run._skipped)
         self.began = 0.0
         self.signature = inspect.signature(run.decoder.backbone.forward)
@@ -185,6 +187,7 @@ class _Installed:
         )  # fmt: skip
         self.counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32, device=device)
         self.skipped.zero_()
+        self.last = None
 
     @torch.no_grad()
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -238,8 +241,8 @@ class _Installed:
         self.saved.append((module, module.__dict__.get("forward")))
         module.forward = functools.update_wrapper(forward, module.forward)  # type: ignore[method-assign, assignment]
 
-    def decided(self, layer: int, flat: Tensor) -> Tensor | None:
-        """The scale of each row, decided and counted without a wait; None when nothing is to be decided."""
+    def decided(self, layer: int, flat: Tensor) -> Decision | None:
+        """Who runs, decided and counted without a wait; None when nothing is to be decided."""
         state = self.state
         if state is None:
             return None
@@ -250,22 +253,16 @@ class _Installed:
             )
         if self.gate.looks_at == "mlp":
             self.gate.decide(layer, flat.to(state.scale.device), state)
-        skips = state.scale == 0
-        self.skipped[layer] += skips.sum()
+        self.last = found = Decision.of(state, layer, self.last)
+        self.skipped[layer] += found.skipped
         assert self.counts is not None
-        self.counts += skips
-        return state.scale.to(flat.device)
+        self.counts += found.skips
+        return found
 
-    def active_rows(self, layer: int, flat: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(indices of rows to run, scale), or None when every row runs unscaled and the MLP is left alone."""
-        scale = self.decided(layer, flat)
-        return None if scale is None else _active(scale)
-
-
-def _active(scale: Tensor) -> tuple[Tensor, Tensor] | None:
-    if bool((scale == 1).all()):
-        return None
-    return torch.nonzero(scale).squeeze(-1), scale
+    def active_rows(self, layer: int, flat: Tensor) -> Decision | None:
+        """None when every row runs unscaled and the MLP is left alone."""
+        found = self.decided(layer, flat)
+        return None if found is None or found.everyone else found
 
 
 _OUTPUTS: dict[type[nn.Module], int] = {}
@@ -282,7 +279,7 @@ class _Packed:
         self.kind = type(branch.entry)
         if not _is_routed(branch.entry):
             _OUTPUTS[self.kind] = 0
-        self.pending: tuple[Tensor, Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Decision] | None = None
         self.branch = branch
 
     @functools.cached_property
@@ -305,37 +302,35 @@ class _Packed:
         def forward(*args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs[first]
             flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
-            scale = self.installed.decided(self.layer, flat)
-            if scale is not None and flat.is_cuda and flat.shape[0] >= PACK_FROM and self.on_device is not None:
-                return self.on_device(flat, scale == 0).view(x.shape)
-            plan = None if scale is None else _active(scale)
-            if plan is None:
+            found = self.installed.decided(self.layer, flat)
+            if found is not None and flat.is_cuda and flat.shape[0] >= PACK_FROM and self.on_device is not None:
+                return self.on_device(flat, found.skips.to(flat.device)).view(x.shape)
+            if found is None or found.everyone:
                 out, others = run(None, lead, args, kwargs)
                 return (out, *others) if others else out
-            rows, scale = plan
             residual = None
             if self.adds_residual:
                 residual = signature.bind(*args, **kwargs).arguments[RESIDUAL].reshape(flat.shape)
             result: Tensor | None = None
+            rows = found.rows.to(flat.device)
             if rows.numel():
                 result, others = run(rows, lead, args, kwargs)
             else:
                 if self.kind not in _OUTPUTS:  # one row, once for this kind of MLP: what does the layer unpack?
                     run(rows.new_zeros(1), lead, args, kwargs)
                 others = [None] * _OUTPUTS[self.kind]
-            blended = blend_rows(self.installed.standin, self.layer, flat, result, rows, scale, residual).view(x.shape)
+            blended = found.blend(self.installed.standin, self.layer, flat, result, residual).view(x.shape)
             return (blended, *others) if others else blended
 
         return forward
 
     def enter(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            flat = x.reshape(-1, x.shape[-1])
-            plan = self.installed.active_rows(self.layer, flat)
-            self.pending = None if plan is None else (x, *plan)
-            if plan is None:
+            found = self.installed.active_rows(self.layer, x.reshape(-1, x.shape[-1]))
+            self.pending = None if found is None else (x, found)
+            if found is None:
                 return original(x, *args, **kwargs)
-            return original(_packed(x, plan[0], x.shape[:-1]), *args, **kwargs)
+            return original(_packed(x, found.rows.to(x.device), x.shape[:-1]), *args, **kwargs)
 
         return forward
 
@@ -343,35 +338,12 @@ class _Packed:
         def forward(packed: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.pending is None:
                 return original(packed, *args, **kwargs)
-            x, rows, scale = self.pending
+            x, found = self.pending
             self.pending = None
-            result = original(packed, *args, **kwargs) if rows.numel() else None
-            flat = x.reshape(-1, x.shape[-1])
-            return blend_rows(self.installed.standin, self.layer, flat, result, rows, scale).view(x.shape)
+            result = original(packed, *args, **kwargs) if found.rows.numel() else None
+            return found.blend(self.installed.standin, self.layer, x.reshape(-1, x.shape[-1]), result).view(x.shape)
 
         return forward
-
-
-def blend_rows(
-    standin: StandIn, layer: int, flat: Tensor, result: Tensor | None, rows: Tensor, scale: Tensor,
-    residual: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """scale * MLP + (1 - scale) * stand-in, with `result` the MLP's output for `rows`; rows of scale 1 take it unchanged.
-
-    An MLP that adds the residual inside returns it with its rows, so there the stand-in gets it added too.
-    """
-    out = torch.zeros_like(flat) if residual is None else residual
-    away = torch.nonzero(scale < 1).squeeze(-1)
-    instead = standin.rows(layer, flat[away])  # a stand-in costs too: only where it is taken
-    if instead is not None:
-        out = out.index_add(0, away, instead.to(out.dtype))
-    if result is None:
-        return out
-    ran = result.reshape(-1, flat.shape[-1])
-    out = out.to(ran.dtype)
-    weight = scale[rows].unsqueeze(-1).to(ran.dtype)
-    mixed = torch.where(weight == 1, ran, weight * ran + (1 - weight) * out[rows])
-    return out.index_copy(0, rows, mixed)
 
 
 def _is_routed(block: nn.Module) -> bool:

@@ -27,8 +27,8 @@ from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.simple import AlwaysGate
+from sedac_cli.runtime.decision import Decision
 from sedac_cli.runtime.plan import Plan
-from sedac_cli.runtime.skip import blend_rows
 from sedac_cli.vllm.forced import ForcedGate
 from sedac_cli.vllm.norms import MlpNorm
 from sedac_cli.vllm.settings import Settings
@@ -81,6 +81,7 @@ class Session:
         self.adapted = {layer for layer in self.gated if adapted(self.layers[layer].mlp)}
         self.rows: StepRows | None = None
         self.state: TokenState | None = None
+        self.last: Decision | None = None
         self.runner = ""
         count = self.gate.num_layers
         self.counters = Counters(
@@ -189,21 +190,21 @@ class Session:
         state = self.fresh(x.shape[0])
         if layer not in self.looks:
             self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
-        scale = state.scale
-        self.counters.skipped[layer] += (scale == 0).sum()
+        self.last = found = Decision.of(state, layer, self.last)
+        self.counters.skipped[layer] += found.skipped
         if layer == self.gated[-1]:
             self.finish(state)
         self.counters.seconds += time.perf_counter() - began
-        if bool((scale == 1).all()):
+        if found.everyone:
             return self.forward[layer](x)
-        rows = torch.nonzero(scale).squeeze(-1)
+        rows = found.rows
         if rows.numel() == 0:
             out = None
         elif layer in self.adapted:
             out = self.forward[layer](x)[rows]
         else:
             out = self.forward[layer](x[rows])
-        return blend_rows(self.standin, layer, x, out, rows, scale)
+        return found.blend(self.standin, layer, x, out)
 
     def norm(self, layer: int, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """As vLLM has it, which may work in place: an operator may not give back what it was given."""
@@ -218,7 +219,7 @@ class Session:
     def finish(self, state: TokenState) -> None:
         out = state.exit_layer[state.exit_layer < self.gate.num_layers].long()
         self.counters.exits += torch.bincount(out, minlength=self.gate.num_layers)
-        self.state = None
+        self.state = self.last = None
 
     # From outside -----------------------------------------------------------------------------------------------
 
