@@ -32,7 +32,7 @@ def test_times_and_tokens_of_a_server_that_behaves(server):
     for answer in answers:
         assert answer.request.ttft >= 0.02
         assert len(answer.gaps) == 5
-        assert min(answer.gaps) > 0.005
+        assert answer.request.latency >= 0.02 + 5 * 0.01
         assert answer.request.latency == pytest.approx(answer.request.ttft + sum(answer.gaps), abs=1e-6)
     assert [body["prompt"] for body in server.bodies] != []
     assert sorted(body["prompt"] for body in server.bodies) == sorted(PROMPTS)
@@ -61,7 +61,7 @@ def test_a_rate_does_not_wait_for_answers():
     assert took < 12 * 0.4
     sent = [a.request.sent for a in answers]
     assert sent == sorted(sent)
-    assert sent[-1] == pytest.approx(11 / 50, rel=1.0)
+    assert 0.9 * 11 / 50 < sent[-1] < 2
 
 
 @pytest.mark.parametrize(

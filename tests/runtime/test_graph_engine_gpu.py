@@ -12,6 +12,7 @@ from sedac_cli.gates.base import Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.stability import StabilityGate
+from sedac_cli.gpu.skinny import BATCH_ROWS
 from sedac_cli.models import load_model
 from sedac_cli.probes import LREProbe
 from sedac_cli.runtime.generate import GenerateOptions, generate
@@ -25,7 +26,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured here"),
 ]
 SHAPE = {"hidden_size": 64, "max_position_embeddings": 256}
-PROMPTS = [words(3 + 2 * i, i) for i in range(12)]
+PROMPTS = [words(3 + 2 * (i % 12), i) for i in range(40)]
+BATCHES = [1, 8, 12, 40]
+"""One sequence, kernels for few rows, kernels for a batch, cuBLAS with conditional nodes."""
 OPTIONS = GenerateOptions(max_new_tokens=30, ignore_eos=True)
 
 
@@ -85,9 +88,11 @@ def plans(loaded) -> dict[str, Plan]:
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("batch", [1, 8, 12])
+@pytest.mark.parametrize("batch", BATCHES)
 def test_all_on_is_bit_identical_to_the_ungated_graph(half, batch, fused):
     plain, gated = engine_of(half, batch=batch, fused=fused), engine_of(half, batch=batch, forced=True, fused=fused)
+    if fused is None:
+        assert (gated.path, gated.step.ops.stops) == ("fused", batch <= BATCH_ROWS)
     gated.program.needs.fill_(1)
     assert tokens(plain.generate(PROMPTS[:batch], OPTIONS)) == tokens(gated.generate(PROMPTS[:batch], OPTIONS))
     assert torch.equal(plain.cache.layers[-1][0], gated.cache.layers[-1][0])
@@ -135,7 +140,7 @@ def test_gates_decide_on_the_device_what_they_decide_in_eager(single, name):
     assert 0 < found.skip_ratio_decode < 1
 
 
-@pytest.mark.parametrize("batch", [1, 12])
+@pytest.mark.parametrize("batch", [1, 12, 40])
 @pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always"])
 def test_fused_and_generic_paths_skip_alike(half, name, batch):
     """In bf16 the two round differently, so a score near its limit may fall on the other side."""
