@@ -163,16 +163,40 @@ def test_experts_cannot_hang_on_a_node(tmp_path):
 
 def test_sampling_draws_from_the_shaped_distribution(tiny):
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0]])
-    probabilities = shaped(logits, temperature=0.5, top_p=0.9, top_k=3)
+    half, cut = torch.tensor([0.5]), torch.tensor([0.9])
+    probabilities = shaped(logits, half, cut, top_k=3)
     exact = torch.softmax(logits / 0.5, -1)
     assert probabilities[0, 3:].sum() == 0
     assert probabilities[0, 0] / probabilities[0, 1] == pytest.approx(float(exact[0, 0] / exact[0, 1]), rel=1e-5)
-    assert (shaped(logits, 1.0, 1.0, 0) - torch.softmax(logits, -1)).abs().max() < 1e-6
+    assert (shaped(logits, 2 * half, None, 0) - torch.softmax(logits, -1)).abs().max() < 1e-6
     engine = engine_of(tiny)
     options = GenerateOptions(max_new_tokens=16, temperature=1.0, seed=3, ignore_eos=True)
     assert engine.generate(PROMPTS[:1], options).texts == engine.generate(PROMPTS[:1], options).texts
     other = GenerateOptions(max_new_tokens=16, temperature=1.0, seed=4, ignore_eos=True)
     assert engine.generate(PROMPTS[:1], options).texts != engine.generate(PROMPTS[:1], other).texts
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_settings_are_read_by_the_graph_that_is_there(tiny, top_p):
+    engine, texts = engine_of(tiny), {}
+
+    def drawn(temperature, top_p=top_p, **more):
+        options = GenerateOptions(
+            max_new_tokens=16, temperature=temperature, top_p=top_p, seed=3, ignore_eos=True, **more
+        )
+        return engine.generate(PROMPTS[:1], options).texts
+
+    for temperature in (1e-3, 1.0, 5.0):
+        texts[temperature] = drawn(temperature)
+    made = len(engine.graphs)
+    assert made == 2  # of eight steps and of one
+    assert len({str(text) for text in texts.values()}) == 3
+    assert drawn(1.0) == texts[1.0]
+    assert drawn(1e-3) == engine.generate(PROMPTS[:1], GenerateOptions(max_new_tokens=16, ignore_eos=True)).texts
+    assert len(engine.graphs) == 2 * made
+    if top_p < 1:
+        assert drawn(5.0, top_p=1e-6) == texts[1e-3]
+        assert len(engine.graphs) == 2 * made
 
 
 def test_a_gate_of_another_model_object_is_not_confused(tiny):

@@ -184,6 +184,18 @@ def test_sampling_differs_by_seed_and_repeats_by_seed(half):
     assert draw(1) != draw(2)
 
 
+def test_settings_are_read_by_the_captured_graph(single):
+    engine, texts = engine_of(single), {}
+    for temperature in (1e-3, 1.0, 5.0):
+        options = GenerateOptions(max_new_tokens=30, temperature=temperature, top_p=0.95, seed=3, ignore_eos=True)
+        texts[temperature] = tokens(engine.generate(PROMPTS[:1], options))
+    made = len(engine.graphs)
+    assert made == 2  # of eight steps and of one
+    assert len({str(text) for text in texts.values()}) == 3
+    assert texts[1e-3] == tokens(engine.generate(PROMPTS[:1], OPTIONS))
+    assert len(engine.graphs) == 2 * made
+
+
 def test_no_wait_within_a_burst(half):
     """CUDA itself is told to object to synchronising calls while bursts run."""
     engine = engine_of(half, plans(half)["learned"])

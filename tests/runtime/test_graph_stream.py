@@ -99,8 +99,11 @@ def test_draws_follow_the_row_seed(tiny):
 
 def test_graphs_of_many_settings_do_not_pile_up(tiny):
     run = made(tiny, "always:2")
-    for tenth in range(3 * KEPT):
-        heard(run, rows_of(tiny, temperature=1 + tenth / 10, ignore_eos=True)[:1])
+    for number in range(3 * KEPT):
+        heard(run, rows_of(tiny, temperature=1 + number / 10, ignore_eos=True)[:1])
+    assert len(run.gated.graphs) == 2
+    for number in range(3 * KEPT):
+        heard(run, rows_of(tiny, temperature=1.0, top_k=1 + number, ignore_eos=True)[:1])
     assert len(run.gated.graphs) <= KEPT + 2
 
 

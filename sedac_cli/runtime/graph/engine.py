@@ -29,7 +29,7 @@ from sedac_cli.runtime.graph.fused import FusedStep
 from sedac_cli.runtime.graph.generic import GenericStep
 from sedac_cli.runtime.graph.ops import KernelOps, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
-from sedac_cli.runtime.graph.sampling import Chooser, chooser_key, make_chooser
+from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, standard_model
 from sedac_cli.runtime.graph.state import KVCache, State, cache_layers
 from sedac_cli.runtime.plan import Plan
@@ -127,6 +127,7 @@ class GraphEngine:
             ForcedProgram(layers, batch, self.device) if forced else make_program(plan.gate, batch, self.device)
         )
         self.step = self._make_step(fused)
+        self.settings = Settings.on(self.device)
         self.graphs: dict[tuple[Any, int], tuple[Any, Burst]] = {}
         self.last: Run | None = None
         """What the last call made, layer by layer."""
@@ -215,7 +216,7 @@ class GraphEngine:
         key = ((chooser_key(options), ends), steps)
         if key in self.graphs:
             return self.graphs[key]
-        choose, stop = make_chooser(options), torch.tensor(ends, dtype=torch.long, device=self.device)
+        choose, stop = make_chooser(options, self.settings), torch.tensor(ends, dtype=torch.long, device=self.device)
         into = Burst.empty(steps, self.batch, self.loaded.decoder.num_layers, self.device)
 
         def work() -> None:
@@ -296,10 +297,11 @@ class GraphEngine:
         sizes = [size for size in (self.burst, 1) if steps >= size]
         graphs = {size: self._graph(options, ends, pad, size) for size in sizes}
         torch.manual_seed(options.seed)
+        self.settings.set(options)
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        token, entropy, logprob = make_chooser(options)(logits, TwinOps())
+        token, entropy, logprob = make_chooser(options, self.settings)(logits, TwinOps())
         self._load(ids, mask, prompt, token)
         if ends:
             state_ends = torch.tensor(ends, device=self.device)

@@ -27,7 +27,7 @@ from sedac_cli.runtime.skip import Pass
 from sedac_cli.runtime.stream import OnPrompt, OnToken, Row, RowCounts, StreamToken, check_rows
 
 KEPT = 8
-"""Captured graphs that are kept: each has its own sampling settings, and those are whatever clients send."""
+"""Captured graphs that are kept: greedy, drawn, cut by top-p, and one for each top-k, which is whatever clients send."""
 
 
 class GraphStream:
