@@ -13,10 +13,11 @@ import typer
 
 from sedac_cli.cli import app
 from sedac_cli.console import report_crash, report_error, report_interrupt, set_debug
-from sedac_cli.errors import InputError, SedacError
+from sedac_cli.errors import InputError, SedacError, no_room, ran_out
 
 # Typer may carry its own copy of click, so its exception classes are reached through Typer.
 INTERRUPTED = 130
+ROOM = "shorter texts, fewer at a time, --dtype bfloat16, --load-in-4bit or a smaller model"
 ClickError: Any = typer.BadParameter.__mro__[2]
 
 
@@ -52,6 +53,8 @@ def run(args: list[str]) -> int:
         error.show()
         return error.exit_code
     except Exception as error:
+        if ran_out(error):
+            return report_error(no_room(error, "on this machine", ROOM))
         return report_crash(error)
 
 

@@ -37,6 +37,24 @@ class InputError(SedacError):
     exit_code = 3
 
 
+def ran_out(error: BaseException | None) -> str | None:
+    """ "GPU memory" or "memory", if that is what was missing here or in what led to it. Names are compared, so that nothing heavy
+    is loaded to say so."""
+    while error is not None:
+        if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's and CuPy's
+            return "GPU memory"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return "memory"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def no_room(error: BaseException, what: str, hint: str) -> InputError:
+    """`what` was going on; the first line of what the library says has the sizes."""
+    said = (str(error).strip().splitlines() or ["no size is told"])[0]
+    return InputError(f"out of {ran_out(error)} {what}: {said}", hint)
+
+
 def did_you_mean(word: str, known: list[str]) -> str:
     """`" Did you mean 'cascade'?"`, or nothing when no known word is close."""
     import difflib

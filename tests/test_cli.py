@@ -205,6 +205,32 @@ def test_a_fault_of_ours_is_70(sedac, monkeypatch):
     assert "Traceback" in sedac("doctor", "--debug").err
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. 9 GiB.\nmore"), "out of GPU memory on this machine: CUDA out of memory. 9 GiB."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "out of memory on this machine: DefaultCPU"),
+        (MemoryError(), "out of memory on this machine: no size is told"),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_the_machine_s_state(sedac, monkeypatch, error, says):
+    def full(*args):
+        raise error
+
+    def wrapped(*args):
+        try:
+            full()
+        except Exception as cause:
+            raise RuntimeError("the library says something else") from cause
+
+    monkeypatch.setattr("sedac_cli.doctor.examine", full)
+    result = sedac("doctor")
+    assert (result.code, result.err.startswith(f"error: {says}")) == (3, True)
+    assert "--load-in-4bit" in result.err
+    monkeypatch.setattr("sedac_cli.doctor.examine", wrapped)
+    assert sedac("doctor").code == 3
+
+
 def test_a_closed_pipe_is_no_failure():
     doctor = "import sedac_cli.doctor as d; d.examine = list; from sedac_cli.__main__ import main; main(['doctor', '--json'])"
     for args in (["-c", doctor], ["-m", "sedac_cli", "--help"]):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "vllm", "eager", "graph")
 LOCAL = ("127.0.0.1", "localhost", "::1")
+PLACES = 8192
+"""Of the caches of --backend graph, unless told otherwise."""
 
 
 @sedac_command(model=ModelSpec())
@@ -48,7 +50,11 @@ def serve(
     ] = None,
     max_length: Annotated[
         int, option("Limits", "--max-length", min=2, help="With --backend graph: positions of its cache.")
-    ] = 8192,
+    ] = PLACES,
+    shrink: Annotated[
+        bool,
+        option("Limits", "--shrink", help="If the GPU has no room for --max-length, take a half or a quarter of it."),
+    ] = False,
     max_queue: Annotated[int, option("Limits", "--max-queue", min=1, help="Sequences that may wait; then 429.")] = 64,
     max_batch: Annotated[int, option("Limits", "--max-batch", min=1, help="Sequences that run together.")] = 8,
     batch_wait: Annotated[
@@ -68,6 +74,11 @@ def serve(
         raise UsageError("--api-key is empty", hint="leave it out, or give a key")
     if backend not in BACKENDS:
         raise UsageError(f"--backend: '{backend}' is not known", hint=", ".join(BACKENDS))
+    if backend != "graph" and (shrink or max_length != PLACES):
+        raise UsageError(
+            f"{'--shrink' if shrink else '--max-length'} is about the caches of --backend graph, which does not serve here",
+            hint="--backend graph, or leave it out; vLLM has -- --max-model-len",
+        )
     from sedac_cli.vllm import installed
 
     if backend == "vllm" or (backend == "auto" and installed()):
@@ -99,7 +110,8 @@ def serve(
     if backend == "graph":
         limits = replace(limits, max_batch=1)
     listener = bind(host, port)
-    serve_here(out, model, gate, seed, api_key, served_name, listener, limits, backend == "graph", max_length)
+    graphs = (max_length, shrink) if backend == "graph" else None
+    serve_here(out, model, gate, seed, api_key, served_name, listener, limits, graphs)
 
 
 def refuse_unheeded(model: ModelSpec, limits: dict[str, bool]) -> None:
@@ -169,9 +181,9 @@ def serve_with_vllm(
 
 def serve_here(
     out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: socket.socket,
-    limits: Limits, graphs: bool, max_length: int,
+    limits: Limits, graphs: tuple[int, bool] | None,
 ) -> None:  # fmt: skip
-    """Serve with an engine of this process."""
+    """Serve with an engine of this process. `graphs`: with CUDA graphs over caches of so many places, or fewer if asked."""
     from sedac_cli.models import load_model
     from sedac_cli.runtime.plan import make_plan
     from sedac_cli.runtime.stream import context_limit
@@ -184,11 +196,13 @@ def serve_here(
     if graphs:
         from sedac_cli.runtime.graph.stream import GraphStream
 
-        length = min(max_length, context_limit(loaded) or max_length)
-        stream = GraphStream(loaded, plan, length)
+        length = min(graphs[0], context_limit(loaded) or graphs[0])
+        stream = GraphStream.fitting(loaded, plan, length, graphs[1])
         for note in stream.gated.notes:
             out.note(note)
-        served = make_served(loaded, plan, gate, limits, name, stream, length, top_logprobs=False)
+        if stream.max_length < length:
+            out.note(f"no room for caches of {length} tokens: --max-length is {stream.max_length}")
+        served = make_served(loaded, plan, gate, limits, name, stream, stream.max_length, top_logprobs=False)
     else:
         served = make_served(loaded, plan, gate, limits, name)
     engine = "graph engine" if graphs else "eager engine"

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from sedac_cli.runtime.stream import OnPrompt, OnToken, Row, RowCounts, StreamToken
 from sedac_cli.runtime.text import TextStream
-from sedac_cli.serve.errors import ApiError, QueueFullError
+from sedac_cli.serve.errors import ApiError, QueueFullError, failed
 from sedac_cli.serve.limits import Limits
 from sedac_cli.serve.metrics import Metrics
 
@@ -152,7 +152,7 @@ class Engine:
             except Exception as error:
                 log.exception("a batch of %d failed", len(batch))
                 for job in batch:
-                    job.end(Failed(ApiError(500, f"generation failed: {type(error).__name__}", code="engine_error")))
+                    job.end(Failed(failed(error)))
             finally:
                 self.running = []
             self.batch_seconds += 0.3 * (time.monotonic() - began - self.batch_seconds)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sedac_cli.errors import ran_out
+
 
 class ApiError(Exception):
     def __init__(
@@ -31,3 +33,10 @@ class QueueFullError(ApiError):
             429, f"{waiting} sequences are waiting: try again in {retry_after} s", code="queue_full",
             headers={"Retry-After": str(retry_after)},
         )  # fmt: skip
+
+
+def failed(error: Exception) -> ApiError:
+    """What the clients of a batch that failed are told."""
+    if what := ran_out(error):
+        return ApiError(503, f"the server ran out of {what}: ask for fewer tokens, or later", code="out_of_memory")
+    return ApiError(500, f"generation failed: {type(error).__name__}", code="engine_error")

@@ -23,6 +23,7 @@ def test_a_settings_file_alone_turns_it_on(tmp_path, monkeypatch):
         pytest.skip(f"{environment_place(Path(sys.prefix))} is in force")
     site = find_site(sys.executable)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # other tests keep the engine in their own process
     path = user_place(Path(sys.prefix))
     path.parent.mkdir()
     settings = {"gate": "always:20", "sinks": 4, "protect_last": 9}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from conftest import save_tiny
 
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Guards
 from sedac_cli.models import load_model
+from sedac_cli.runtime.graph.state import KVCache
 from sedac_cli.runtime.graph.stream import KEPT, GraphStream
 from sedac_cli.runtime.plan import make_plan
 from sedac_cli.runtime.stream import Row, stream
@@ -105,6 +107,36 @@ def test_graphs_of_many_settings_do_not_pile_up(tiny):
     for number in range(3 * KEPT):
         heard(run, rows_of(tiny, temperature=1.0, top_k=1 + number, ignore_eos=True)[:1])
     assert len(run.gated.graphs) <= KEPT + 2
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """A device that has no room for caches of more than 320 places."""
+    original = KVCache.__init__
+
+    def init(self, loaded, rows, places):
+        if places > 320:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        original(self, loaded, rows, places)
+
+    monkeypatch.setattr(KVCache, "__init__", init)
+
+
+def test_a_shorter_cache_is_taken_only_if_asked(tiny, crowded):
+    plan = plan_of(tiny, "always:2")
+    with pytest.raises(
+        InputError, match=r"out of GPU memory for a cache of 1 x 1200 tokens: CUDA .* 9.00 GiB"
+    ) as caught:
+        GraphStream.fitting(tiny, plan, 1200, capture=False)
+    assert "--shrink" in caught.value.hint
+    run = GraphStream.fitting(tiny, plan, 1200, shrink=True, capture=False)
+    assert run.max_length == run.gated.max_length == run.dense.max_length == 300
+    assert len(run.gated.graphs) == len(run.dense.graphs) == 2  # ready before the first request
+    [tokens], _, _ = heard(run, rows_of(tiny)[:1])
+    assert tokens == heard(made(tiny, "always:2"), rows_of(tiny)[:1])[0][0]
+    assert len(run.gated.graphs) == 2
+    with pytest.raises(InputError, match="1 x 500 tokens"):
+        GraphStream.fitting(tiny, plan, 500, shrink=True, capture=False)  # half of it is too short for anybody
 
 
 def test_what_it_cannot_tell_or_hold_is_refused(tiny):

@@ -99,6 +99,8 @@ def test_a_taken_port_is_known_before_the_model_loads(sedac):
         (["--host", "no.such.host.invalid"], 3, "cannot listen"),
         (["--gate", "allways:3"], 2, "always"),
         (["--max-queue", "0"], 2, ""),
+        (["--shrink", "--backend", "eager"], 2, "--shrink is about the caches of --backend graph"),
+        (["--max-length", "100"], 2, "--max-length is about"),
     ],
 )
 def test_options_that_cannot_work(sedac, arguments, code, says):

@@ -12,6 +12,7 @@ from functools import partial
 import httpx2
 import openai
 import pytest
+import torch
 from serving import serving
 
 from sedac_cli.models import load_model
@@ -297,18 +298,22 @@ def test_a_client_that_does_not_read(loaded):
         lives(running)
 
 
-def test_a_failing_engine_answers_500_and_goes_on(loaded):
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [(RuntimeError("broken"), 500, "engine_error"), (torch.cuda.OutOfMemoryError("full"), 503, "out_of_memory")],
+)
+def test_a_failing_engine_says_so_and_goes_on(loaded, error, status, code):
     plan = make_plan("always:2", loaded.decoder)
     broken = threading.Event()
 
     def backend(rows, on_token, on_prompt):
         if broken.is_set():
-            raise RuntimeError("out of memory, say")
+            raise error
         return partial(stream, loaded, plan)(rows, on_token, on_prompt)
 
     with serving(loaded, backend=backend) as running:
         broken.set()
-        assert refused(running, {"prompt": "x"}, "/generate", 500)["code"] == "engine_error"
+        assert refused(running, {"prompt": "x"}, "/generate", status)["code"] == code
         with pytest.raises(openai.InternalServerError):
             running.client().completions.create(model="tiny", prompt="x")
         broken.clear()

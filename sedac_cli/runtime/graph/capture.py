@@ -5,14 +5,16 @@ replay = captured(once=step, work=burst, name="Qwen2ForCausalLM")
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 
-from sedac_cli.errors import InputError, SedacError
+from sedac_cli.errors import InputError, SedacError, no_room, ran_out
 from sedac_cli.models import LoadedModel
+
+SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
 
 def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> Callable[[], None]:
@@ -34,13 +36,11 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
                 work()
         finally:
             gc.enable()
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(
-            f"out of GPU memory while a decode step was captured: {error}", hint="--max-length, --batch"
-        ) from None
     except SedacError:
         raise
     except Exception as error:
+        if ran_out(error):
+            raise no_room(error, "while a decode step was captured", SMALLER) from error
         raise InputError(
             f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
             hint="--engine eager runs any model",
@@ -48,21 +48,15 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
     return graph.replay
 
 
-class memory_said:  # noqa: N801 - used as a with statement
+@contextlib.contextmanager
+def memory_said(batch: int, max_length: int) -> Iterator[None]:
     """A cache that does not fit is said in its own terms."""
-
-    def __init__(self, batch: int, max_length: int):
-        self.batch, self.max_length = batch, max_length
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise InputError(
-                f"no GPU memory for a cache of {self.batch} x {self.max_length} tokens",
-                hint="a smaller --max-length or --batch",
-            ) from None
+    try:
+        yield
+    except Exception as error:
+        if not ran_out(error):
+            raise
+        raise no_room(error, f"for a cache of {batch} x {max_length} tokens", SMALLER) from error
 
 
 def require_graphs(loaded: LoadedModel) -> None:

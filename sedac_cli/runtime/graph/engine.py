@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sedac_cli.errors import InputError, SedacError
+from sedac_cli.errors import InputError, SedacError, ran_out
 from sedac_cli.gates.span import SpanGate
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, end_tokens
@@ -162,6 +162,8 @@ class GraphEngine:
         except SedacError:
             raise
         except Exception as error:
+            if ran_out(error):
+                raise
             raise InputError(
                 f"{name} cannot take one token over a cache of fixed size: {error}", hint="--engine eager"
             ) from error
@@ -233,6 +235,13 @@ class GraphEngine:
         self.graphs[key] = (replay, into)
         return self.graphs[key]
 
+    def prepare(
+        self, options: GenerateOptions, ends: tuple[int, ...] = (), pad: int = 0
+    ) -> dict[int, tuple[Callable[[], None], Burst]]:
+        """The graphs such a call replays, by their steps; those that are missing are captured."""
+        sizes = [size for size in (self.burst, 1) if options.max_new_tokens > size]
+        return {size: self._graph(options, ends, pad, size) for size in sizes}
+
     # A whole call -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -294,8 +303,7 @@ class GraphEngine:
                 hint=f"--max-length {width + options.max_new_tokens} or fewer new tokens",
             )
         steps = options.max_new_tokens - 1
-        sizes = [size for size in (self.burst, 1) if steps >= size]
-        graphs = {size: self._graph(options, ends, pad, size) for size in sizes}
+        graphs = self.prepare(options, ends, pad)
         torch.manual_seed(options.seed)
         self.settings.set(options)
         self._sync()

@@ -11,13 +11,14 @@ step; steps that a burst makes after a row's end are made in vain and counted fo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedac_cli.errors import InputError
+from sedac_cli.errors import InputError, ran_out
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import GenerateOptions, end_tokens
 from sedac_cli.runtime.graph.describe import exit_layers
@@ -29,16 +30,43 @@ from sedac_cli.runtime.stream import OnPrompt, OnToken, Row, RowCounts, StreamTo
 KEPT = 8
 """Captured graphs that are kept: greedy, drawn, cut by top-p, and one for each top-k, which is whatever clients send."""
 
+LEAST = 256
+"""Places of a cache below which nobody is served."""
+
 
 class GraphStream:
     def __init__(self, loaded: LoadedModel, plan: Plan, max_length: int, **options: Any):
-        """`options` are `GraphEngine`'s. Both engines are made here: what does not fit into memory fails now."""
+        """`options` are `GraphEngine`'s."""
         self.loaded, self.max_length = loaded, max_length
         self.gated = GraphEngine(loaded, plan, batch=1, max_length=max_length, **options)
         self.dense = self.gated
         if not plan.gate.trivial:
             never = make_plan("never", loaded.decoder)
             self.dense = GraphEngine(loaded, never, batch=1, max_length=max_length, **options)
+
+    @classmethod
+    def fitting(
+        cls, loaded: LoadedModel, plan: Plan, max_length: int, shrink: bool = False, **options: Any
+    ) -> GraphStream:
+        """With its first graphs captured: what does not fit into memory fails now. `shrink`: then half the length is tried,
+        and half of that."""
+        while True:
+            try:
+                return cls(loaded, plan, max_length, **options).prepared()
+            except Exception as error:
+                if not (shrink and ran_out(error) and max_length >= 2 * LEAST):
+                    raise
+            max_length //= 2
+            gc.collect()
+            if loaded.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def prepared(self) -> GraphStream:
+        """Capture what greedy requests replay, so that the first of them need not wait for it."""
+        ends, pad = tuple(sorted(end_tokens(self.loaded))), self.loaded.tokenizer.pad_token_id or 0
+        for engine in {id(e): e for e in (self.gated, self.dense)}.values():
+            engine.prepare(GenerateOptions(max_new_tokens=engine.burst + 1), ends, pad)
+        return self
 
     def __call__(self, rows: Sequence[Row], on_token: OnToken, on_prompt: OnPrompt | None = None) -> list[RowCounts]:
         check_rows(self.loaded, rows)
