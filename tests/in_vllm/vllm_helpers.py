@@ -20,7 +20,9 @@ PROMPTS = [list(range(5, 45)), [7], [11, 90, 200, 33, 8]]
 
 
 class Engine:
-    """A running vLLM and what a test wants of it."""
+    """A running vLLM and what a test wants of it. One of a process may be gated: whoever is next takes the gate away from the last."""
+
+    gated: Engine | None = None
 
     def __init__(self, folder: Path, **options):
         from vllm import LLM
@@ -42,7 +44,9 @@ class Engine:
         from sedac_cli.vllm.settings import read_settings
         from sedac_cli.vllm.worker import gate_model
 
-        worker = self.worker
+        if Engine.gated not in (None, self):
+            Engine.gated.gate(None)
+        worker, Engine.gated = self.worker, None
         if getattr(worker, "sedac", None) is not None:
             worker.sedac.remove()
             worker.model_runner.__dict__.pop("_model_forward", None)
@@ -51,6 +55,7 @@ class Engine:
             return None
         asked = settings if spec is None else {"gate": spec, **settings}
         worker.sedac = gate_model(worker, read_settings(asked, {}))
+        Engine.gated = self
         return worker.sedac
 
     def run(self, prompts=None, tokens: int = 8, extra=None, lora=None):
