@@ -56,8 +56,11 @@ vllm-env: $(VLLM_VENV)/.ready
 vllm-test: vllm-env
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/in_vllm $(ARGS)
 
+# A process for each file: after a fault of one kernel a process can launch no other.
 gpu-test: setup
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	@failed=0; for file in $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py'); do \
+	  echo "$$file"; $(BIN)/python -m pytest -m gpu $$file $(ARGS); code=$$?; \
+	  [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; done; exit $$failed
 
 lint: setup
 	$(BIN)/ruff check .
