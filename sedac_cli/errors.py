@@ -38,8 +38,7 @@ class InputError(SedacError):
 
 
 def ran_out(error: BaseException | None) -> str | None:
-    """ "GPU memory" or "memory", if that is what was missing here or in what led to it. Names are compared, so that nothing heavy
-    is loaded to say so."""
+    """What was missing, if memory was, here or in what led to it. Names are compared, so that nothing heavy is loaded to say so."""
     while error is not None:
         if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):  # torch's and CuPy's
             return "GPU memory"

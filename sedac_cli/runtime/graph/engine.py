@@ -235,6 +235,7 @@ class GraphEngine:
         self.graphs[key] = (replay, into)
         return self.graphs[key]
 
+    @torch.inference_mode()
     def prepare(
         self, options: GenerateOptions, ends: tuple[int, ...] = (), pad: int = 0
     ) -> dict[int, tuple[Callable[[], None], Burst]]:
