@@ -259,11 +259,6 @@ class _Installed:
         self.counts += found.skips
         return found
 
-    def active_rows(self, layer: int, flat: Tensor) -> Decision | None:
-        """None when every row runs unscaled and the MLP is left alone."""
-        found = self.decided(layer, flat)
-        return None if found is None or found.everyone else found
-
 
 _OUTPUTS: dict[type[nn.Module], int] = {}
 """How many values each kind of MLP returns beside its rows (router scores); the layer unpacks that many."""
@@ -326,10 +321,11 @@ class _Packed:
 
     def enter(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            found = self.installed.active_rows(self.layer, x.reshape(-1, x.shape[-1]))
-            self.pending = None if found is None else (x, found)
-            if found is None:
+            found = self.installed.decided(self.layer, x.reshape(-1, x.shape[-1]))
+            if found is None or found.everyone:
+                self.pending = None
                 return original(x, *args, **kwargs)
+            self.pending = x, found
             return original(_packed(x, found.rows.to(x.device), x.shape[:-1]), *args, **kwargs)
 
         return forward
