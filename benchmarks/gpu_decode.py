@@ -34,9 +34,9 @@ from sedac_cli.gpu.decode import (  # noqa: E402
 )
 from sedac_cli.gpu.packed import PackedMlp  # noqa: E402
 from sedac_cli.gpu.probe import RouterWeights  # noqa: E402
-from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear  # noqa: E402
+from sedac_cli.gpu.skinny import PENDING, Other, skinny_gated, skinny_linear  # noqa: E402
 
-HIDDEN, WIDE, VOCAB = 3584, 18944, 152064
+HIDDEN, WIDE, VOCAB, RANK = 3584, 18944, 152064, 192
 HEADS = Heads(28, 4, 128, 128, 128**-0.5)
 
 
@@ -123,11 +123,20 @@ def chain(bench: Bench, rows: int, places: int) -> None:
         routers = [RouterWeights.pack(router_of(HIDDEN, 16, "cuda"), "cuda") for _ in range(layers)]
         marks = torch.zeros(2, layers, dtype=torch.int32)
         decided = torch.empty(rows), torch.empty(rows, dtype=torch.bool)
+        others = [
+            (
+                Other(torch.randn(RANK, HIDDEN).bfloat16(), activation="silu"),
+                Other(torch.randn(HIDDEN, RANK).bfloat16()),
+            )
+            for _ in range(layers)
+        ]
     scratch = attend_scratch(rows, HEADS, h.device)
     scratch2 = norm_route_scratch(rows, HIDDEN, h.device)
     norm = (one, 1e-6, False)
 
-    def step(flag: torch.Tensor | None, routed: bool, mlps: bool = True) -> None:
+    def step(
+        flag: torch.Tensor | None, routed: bool, mlps: bool = True, instead: bool = False, limit: float = 1e9
+    ) -> None:
         if routed:
             marks.fill_(PENDING)
         for i, w in enumerate(weights):
@@ -140,11 +149,14 @@ def chain(bench: Bench, rows: int, places: int) -> None:
             if routed:
                 need, counter, mlp_norm = marks[0, i : i + 1], marks[1, i : i + 1], None
                 x, _, _ = norm_route(
-                    h, one, 1e-6, routers[i], scratch2, threshold=1e9, needs=need, decided=decided, ready=counter
+                    h, one, 1e-6, routers[i], scratch2, threshold=limit, needs=need, decided=decided, ready=counter
                 )
                 ready = counter, PENDING + norm_route_parts(rows, HIDDEN)
-            z = skinny_gated(x, w["gate"], w["up"], "silu", need=need, settled=not routed, ready=ready, norm=mlp_norm)
-            skinny_linear(z, [w["down"]], residual=h, out=h, need=need, settled=True)
+            inward, outward = others[i] if instead else (None, None)
+            z = skinny_gated(
+                x, w["gate"], w["up"], "silu", need=need, settled=not routed, ready=ready, norm=mlp_norm, other=inward
+            )
+            skinny_linear(z, [w["down"]], residual=h, out=h, need=need, settled=True, other=outward)
 
     mlp = layers * 3 * HIDDEN * WIDE * 2
     rest = layers * (4608 + HIDDEN) * HIDDEN * 2
@@ -152,6 +164,9 @@ def chain(bench: Bench, rows: int, places: int) -> None:
         "ours": (lambda: step(None, False), mlp + rest), "all on": (lambda: step(flags["on"], False), mlp + rest),
         "all off": (lambda: step(flags["off"], False), rest), "routed, on": (lambda: step(None, True), mlp + rest),
         "no MLPs": (lambda: step(None, False, False), rest),
+        "routed, off": (lambda: step(None, True, limit=-1e9), rest),
+        "stand-ins, on": (lambda: step(None, True, instead=True), mlp + rest),
+        "stand-ins, off": (lambda: step(None, True, instead=True, limit=-1e9), rest + 2 * layers * RANK * HIDDEN * 2),
     }  # fmt: skip
     samples = bench.measure({name: [work] for name, (work, _) in variants.items()})
     bench.report(f"{layers} layers, {rows} rows, {places} places", samples, bench.read_floor(mlp + rest), "", None)

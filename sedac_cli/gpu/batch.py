@@ -45,10 +45,11 @@ class Shape:
     def shared(self) -> int:
         return self.stages * self.slot
 
-    def constants(self, element: int, gated: bool, act: int, races: bool) -> dict[str, int]:
+    def constants(self, element: int, gated: bool, act: int, races: bool, other: int = 0) -> dict[str, int]:
         return {
             "T": element, "NT": self.groups, "GATED": int(gated), "ACT": act, "MI": self.matrix_tiles, "WR": self.across,
             "WK": self.deep, "STAGES": self.stages, "KC": self.pieces, "RACES": int(races),
+            "OTHER": other,
         }  # fmt: skip
 
     def tiles(self, matrices: list[int], gated: bool) -> int:

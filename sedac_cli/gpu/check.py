@@ -64,8 +64,12 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             for per_block, loop, x_source in product((1,) if gated else (1, 2), (False, True), (0, 1, 2)):
                 for races in (False, True) if gated and x_source < 2 else (False,):
                     yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races)
+                    if gated or (act == 0 and x_source < 2):  # a stand-in's two maps
+                        yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races, 1 + gated)
             for made, races in product(SHAPES, (False, True) if gated else (False,)):
                 yield "batch", made.constants(t, gated, act, races)
+                if gated or act == 0:
+                    yield "batch", made.constants(t, gated, act, races, 1 + gated)
                 if act < 2:  # what is left of the ring where shared memory is small
                     yield "batch", replace(made, stages=2).constants(t, gated, act, races)
     for t, act in product(range(3), (1, 2, 3)):

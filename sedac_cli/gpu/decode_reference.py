@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.reference import router_score
-from sedac_cli.gpu.skinny import RowNorm
+from sedac_cli.gpu.skinny import Other, RowNorm
 from sedac_cli.gpu.tensors import Number
 
 
@@ -26,8 +26,8 @@ def activate(x: Tensor, name: str) -> Tensor:
     return x
 
 
-def idle(need: Tensor | None, when: bool) -> bool:
-    return need is not None and bool(need != 0) != when
+def idle(need: Tensor | None) -> bool:
+    return need is not None and not bool(need)
 
 
 def skinny_linear(
@@ -39,12 +39,16 @@ def skinny_linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     need: Tensor | None = None,
-    when: bool = True,
     norm: RowNorm | None = None,
+    other: Other | None = None,
 ) -> Tensor:
     out = x.new_empty(x.shape[0], sum(w.shape[0] for w in weights)) if out is None else out
-    if idle(need, when):
+    if idle(need):
+        if other is not None:
+            y = apply(other, x[:, weights[0].shape[1] :])
+            out.copy_(y if residual is None else residual + y)
         return out
+    x = x[:, : weights[0].shape[1]]
     x = x if norm is None else rms_norm(x, *norm)
     given = list(biases or []) or [None] * len(weights)
     y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, given, strict=True)], dim=-1)
@@ -61,15 +65,25 @@ def skinny_gated(
     biases: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     need: Tensor | None = None,
-    when: bool = True,
     norm: RowNorm | None = None,
+    other: Other | None = None,
 ) -> Tensor:
-    out = x.new_empty(x.shape[0], gate.shape[0]) if out is None else out
-    if idle(need, when):
+    inner = gate.shape[0]
+    out = x.new_empty(x.shape[0], inner + (0 if other is None else other.weight.shape[0])) if out is None else out
+    stopped = idle(need)
+    if stopped and other is None:
         return out
     x = x if norm is None else rms_norm(x, *norm)
-    first, second = biases or (None, None)
-    return out.copy_(activate(functional.linear(x, gate, first), activation) * functional.linear(x, up, second))
+    if stopped and other is not None:
+        out[:, inner:] = apply(other, x)
+    else:
+        first, second = biases or (None, None)
+        out[:, :inner] = activate(functional.linear(x, gate, first), activation) * functional.linear(x, up, second)
+    return out
+
+
+def apply(other: Other, x: Tensor) -> Tensor:
+    return activate(functional.linear(x, other.weight, other.bias), other.activation)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool = False, out: Tensor | None = None) -> Tensor:

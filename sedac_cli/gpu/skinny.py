@@ -1,14 +1,16 @@
 """Linear layers for few rows: the weights are read once at the speed of memory, and a gate can stop the launch on the device.
 
 Rows 1..64, float16 and bfloat16, a hidden width divisible by 8; up to 8 rows go through cuda/skinny.cu, more through cuda/batch.cu.
-`need` (int32, one entry, on the device) makes the launch conditional: with when=True it works iff need != 0, with when=False iff
-need == 0. `settled`: the launch just ahead does not write `need`, so weights may be asked for before it has ended. What is not
-computed is not touched, so a gated MLP that adds to the residual in place costs nothing when it is skipped. `norm`: x goes through
-this RMSNorm first, within the launch where its rows fit in shared memory.
+`need` (int32, one entry, on the device) makes the launch conditional: it works iff need != 0. `settled`: the launch just ahead does not write `need`, so weights may be asked for before it has ended. What is not
+computed is not touched, so a gated MLP that adds to the residual in place costs nothing when it is skipped. `other`: what such a
+launch computes when it is not needed; a stand-in is then no launch of its own. `norm`: x goes through this RMSNorm first, within
+the launch where its rows fit in shared memory.
 
     y = skinny_linear(x, [q, k, v], [bq, bk, bv], norm=(weight, 1e-6, False))
     z = skinny_gated(x, gate, up, "silu", need=flag)
     skinny_linear(z, [down], residual=h, out=h, need=flag)
+    z = skinny_gated(x, gate, up, "silu", need=flag, other=Other(a, activation="silu"))     # flag 0: h += silu(x a^T) b^T
+    skinny_linear(z, [down], residual=h, out=h, need=flag, other=Other(b))
 """
 
 from __future__ import annotations
@@ -40,6 +42,15 @@ RowNorm = tuple[Tensor, float, bool]
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
+@dataclass(frozen=True)
+class Other:
+    """act(x weight^T + bias), by a launch whose flag is against it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str = "none"
+
+
 def skinny_constants(
     element: int,
     gated: bool,
@@ -48,6 +59,7 @@ def skinny_constants(
     loop: bool,
     x_source: int = 0,
     races: bool = False,
+    other: int = 0,
 ) -> dict[str, int]:
     """`x_source`: 0 memory, 1 shared memory, 2 the same through a norm. From memory steps of x are asked for ahead, X_AHEAD: a wide
     x comes from L2, whose latency every step would pay. Two tiles a block and one round of blocks: half-size blocks, twice as
@@ -58,7 +70,7 @@ def skinny_constants(
     return {
         "T": element, "TILES": per_block, "GATED": int(gated), "ACT": act,
         "STAGES": max(2, stages // (2 if gated else per_block)), "X_AHEAD": 0 if direct else 2 if narrow else 1,
-        "WARPS": warps, "LOOP": int(loop), "XS": x_source, "RACES": int(races),
+        "WARPS": warps, "LOOP": int(loop), "XS": x_source, "RACES": int(races), "OTHER": other,
     }  # fmt: skip
 
 
@@ -75,9 +87,9 @@ def room_for_x(constants: dict[str, int], per_processor: int) -> int:
     return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
 
 
-def x_bytes(x: Tensor) -> int:
+def x_bytes(x: Tensor, width: int) -> int:
     """Of its rows in shared memory, where they lie 64 bytes further apart than they are long."""
-    return x.shape[0] * (x.shape[1] * x.element_size() + 64)
+    return x.shape[0] * (width * x.element_size() + 64)
 
 
 def fits_skinny(x: Tensor) -> bool:
@@ -103,12 +115,13 @@ def skinny_linear(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     need: Tensor | None = None,
-    when: bool = True,
     settled: bool = False,
     norm: RowNorm | None = None,
+    other: Other | None = None,
 ) -> Tensor:
-    """[M, K] -> [M, sum of rows]: act(x W^T + b) of up to three matrices side by side, plus the residual."""
-    _check(x, weights)
+    """[M, K] -> [M, sum of rows]: act(x W^T + b) of up to three matrices side by side, plus the residual. With `other`, a matrix of
+    as many rows: x is [M, K + R], and the last R columns are what that one takes."""
+    _check(x, weights, 0 if other is None else other.weight.shape[1])
     if not 0 < len(weights) <= 3:
         raise ValueError(f"{len(weights)} matrices: one, two or three")
     rows = [w.shape[0] for w in weights]
@@ -116,8 +129,12 @@ def skinny_linear(
     _check_rows(out, "out", x.shape[0], sum(rows), x)
     if residual is not None:
         _check_rows(residual, "residual", x.shape[0], sum(rows), x)
-    job = _Job(x, weights, list(biases or []), out, activation, residual, norm)
-    job.launch(need, when, settled)
+    if other is not None:
+        _check_other(other, x, need)
+        if len(weights) != 1 or other.weight.shape[0] != rows[0] or norm is not None:
+            raise ValueError("instead of one matrix another of as many rows may stand, on x as it is")
+    job = _Job(x, weights, list(biases or []), out, activation, residual, norm, other=other)
+    job.launch(need, settled)
     return out
 
 
@@ -130,13 +147,14 @@ def skinny_gated(
     biases: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
     need: Tensor | None = None,
-    when: bool = True,
     settled: bool = False,
     ready: tuple[Tensor, int] | None = None,
     racing: bool = False,
     norm: RowNorm | None = None,
+    other: Other | None = None,
 ) -> Tensor:
-    """[M, K] -> [M, N]: act(x gate^T) * (x up^T), both [N, K].
+    """[M, K] -> [M, N]: act(x gate^T) * (x up^T), both [N, K]. With `other` [R, K] -> [M, N + R]: what that one gives stands in the
+    last R columns, and nobody may read the others.
 
     `ready`: a counter, and the value it has once the launch just ahead has written x. That launch goes on to write `need`, which was
     PENDING before, and the work runs beside it. `racing`: the same where x was there before that launch began."""
@@ -145,10 +163,15 @@ def skinny_gated(
         raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} differ")
     if norm is not None and (ready is not None or racing):
         raise ValueError("a launch that races its decision takes x as it is")
-    out = torch.empty(x.shape[0], gate.shape[0], dtype=x.dtype, device=x.device) if out is None else out
-    _check_rows(out, "out", x.shape[0], gate.shape[0], x)
-    job = _Job(x, [gate, up], list(biases or []), out, activation, norm=norm, gated=True)
-    job.launch(need, when, settled, ready, racing)
+    width = gate.shape[0]
+    if other is not None:
+        _check_other(other, x, need)
+        _check(x, [other.weight])
+        width += other.weight.shape[0]
+    out = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device) if out is None else out
+    _check_rows(out, "out", x.shape[0], width, x)
+    job = _Job(x, [gate, up], list(biases or []), out, activation, norm=norm, gated=True, other=other)
+    job.launch(need, settled, ready, racing)
     return out
 
 
@@ -162,11 +185,11 @@ class _Job:
     residual: Tensor | None = None
     norm: RowNorm | None = None
     gated: bool = False
+    other: Other | None = None
 
     def launch(
         self,
         need: Tensor | None,
-        when: bool,
         settled: bool,
         ready: tuple[Tensor, int] | None = None,
         racing: bool = False,
@@ -175,7 +198,7 @@ class _Job:
         races = need is not None and (racing or ready is not None) and properties(device_index(device)).major >= 9
         # Before Hopper no launch begins before the one ahead has ended.
         counter, parts = (ready if races else None) or (None, 0)
-        flags = [flat(need, "need", 1, device, torch.int32), I32(int(when)), I32(int(settled))]
+        flags = [flat(need, "need", 1, device, torch.int32), I32(int(settled))]
         awaited = [flat(counter, "ready", 1, device, torch.int32), I32(parts)]
         (self.few if self.x.shape[0] <= FEW_ROWS else self.batch)(races, flags, awaited)
 
@@ -186,9 +209,25 @@ class _Job:
         b: list[Tensor | None] = [*self.biases, *[None] * (3 - len(self.biases))]
         n = [I32(0 if one is None else one.shape[0]) for one in w]
         return [
-            x, I64(x.stride(0)), I32(x.shape[0]), I32(x.shape[1]), *w, *b, *n, residual,
+            x, I64(x.stride(0)), I32(x.shape[0]), I32(self.width), *w, *b, *n, residual,
             I64(0 if residual is None else residual.stride(0)), out, I64(out.stride(0)),
         ]  # fmt: skip
+
+    @property
+    def width(self) -> int:
+        return self.weights[0].shape[1]
+
+    @property
+    def otherwise(self) -> int:
+        """The kernels' constant OTHER."""
+        return 0 if self.other is None else 1 + ACTIVATIONS[self.other.activation]
+
+    def other_operands(self) -> list[Any]:
+        """What both take last."""
+        if self.other is None:
+            return [None, None, I32(0), I32(0)]
+        weight = self.other.weight
+        return [weight, self.other.bias, I32(weight.shape[0]), I32(weight.shape[1])]
 
     def few(self, races: bool, flags: list[Any], awaited: list[Any]) -> None:
         x, norm = self.x, self.norm
@@ -199,18 +238,20 @@ class _Job:
         per_block = 2 if not self.gated and tiles > most else 1
         items = -(-tiles // per_block)
         form = (kind(x, "x"), self.gated, ACTIVATIONS[self.activation], per_block, items > most)
-        held = x_bytes(x)
+        held = x_bytes(x, max(self.width, 0 if self.other is None else self.other.weight.shape[1]))
         fits = held <= room_for_x(skinny_constants(*form), found.shared_memory_per_multiprocessor)
         if norm is not None and (not fits or norm[0].data_ptr() % 16):
             x, norm = rms_norm(x, *norm), None
-        constants = skinny_constants(*form, x_source=0 if not fits else 1 if norm is None else 2, races=races)
+        constants = skinny_constants(
+            *form, x_source=0 if not fits else 1 if norm is None else 2, races=races, other=self.otherwise
+        )
         weight, eps, plus_one = norm or (None, 0.0, False)
         launch(
             "skinny", "skinny", constants, x.device, early=True, grid=(min(items, most),), threads=32 * constants["WARPS"],
             shared=skinny_bytes(constants, held),
             args=[
                 *self.operands(x), *flags, I32(items), *awaited, flat(weight, "norm", x.shape[1], x.device, x.dtype), F32(eps),
-                I32(int(plus_one)),
+                I32(int(plus_one)), *self.other_operands(),
             ],
         )  # fmt: skip
 
@@ -219,28 +260,42 @@ class _Job:
         found = properties(device_index(x.device))
         shape = shape_of(x.shape[0], found.shared_memory_per_block_optin)
         tiles = shape.tiles([w.shape[0] for w in self.weights], self.gated)
-        grid = shape.grid(tiles, x.shape[1], found.multi_processor_count)
+        grid = shape.grid(tiles, self.width, found.multi_processor_count)
         launch(
-            "batch", "batch", shape.constants(kind(x, "x"), self.gated, ACTIVATIONS[self.activation], races), x.device,
+            "batch", "batch", shape.constants(kind(x, "x"), self.gated, ACTIVATIONS[self.activation], races, self.otherwise), x.device,
             early=True, grid=(grid,), threads=shape.threads, shared=shape.shared,
             args=[
                 *self.operands(x), *flags, I32(tiles), *awaited, torch.empty(shape.parts(grid), device=x.device),
-                counters(x.device)[COUNTERS:],
+                counters(x.device)[COUNTERS:], *self.other_operands(),
             ],
         )  # fmt: skip
 
 
-def _check(x: Tensor, weights: Sequence[Tensor]) -> None:
+def _check(x: Tensor, weights: Sequence[Tensor], beside: int = 0) -> None:
     if not fits_skinny(x):
         raise ValueError(
             f"x {tuple(x.shape)} {x.dtype}, strides {x.stride()} on {x.device}: the kernel takes 1..{MAX_SKINNY_ROWS} rows "
             "of float16 or bfloat16, of a width divisible by 8, on a GPU"
         )
     for w in weights:
-        if w.dim() != 2 or w.shape[1] != x.shape[1] or w.dtype != x.dtype or not w.is_contiguous():
+        width = x.shape[1] - beside
+        if w.dim() != 2 or w.shape[1] != width or width % 8 or w.dtype != x.dtype or not w.is_contiguous():
             raise ValueError(
-                f"weight {tuple(w.shape)} {w.dtype} (dense: {w.is_contiguous()}) for rows of {x.shape[1]} {x.dtype}"
+                f"weight {tuple(w.shape)} {w.dtype} (dense: {w.is_contiguous()}) for rows of {width} {x.dtype}"
             )
+
+
+def _check_other(other: Other, x: Tensor, need: Tensor | None) -> None:
+    """The width is for the callers to check."""
+    w, bias = other.weight, other.bias
+    if need is None:
+        raise ValueError("what a launch does instead needs a flag that is against it")
+    if w.dim() != 2 or w.shape[1] % 8 or w.dtype != x.dtype or w.device != x.device or not w.is_contiguous():
+        raise ValueError(
+            f"the other weight {tuple(w.shape)} {w.dtype} on {w.device} for rows of {x.dtype} on {x.device}"
+        )
+    if bias is not None and (bias.shape != (w.shape[0],) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"the other bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}")
 
 
 def _check_rows(tensor: Tensor, name: str, rows: int, width: int, like: Tensor) -> None:

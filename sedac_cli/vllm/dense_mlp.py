@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.gpu.packed import activate_rows, grouped
+from sedac_cli.gpu.skinny import Other, skinny_gated, skinny_linear
 from sedac_cli.vllm.surgery import adapted
 
 ACTIVATIONS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
@@ -73,16 +74,17 @@ class DenseMlp:
         settled: bool = False,
         racing: bool = False,
         ready: tuple[Tensor, int] | None = None,
+        others: tuple[Other, Other] | tuple[None, None] = (None, None),
     ) -> None:
-        """A few rows into `out`, unless the flag is 0: then nothing is written. `settled`: the launch just ahead does not write
-        the flag. `racing`: it does, the flag was PENDING before it, and x was there before it, or is there once the counter of
+        """A few rows into `out`, unless the flag is 0: then what the two of `others` make of them, or nothing is written.
+        `settled`: the launch just ahead does not write the flag. `racing`: it does, the flag was PENDING before it, and x was there before it, or is there once the counter of
         `ready` has that value: nobody waits for the decision."""
-        from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
-
         inner = self.gate_up.shape[0] // 2
         gate, up = self.gate_up[:inner], self.gate_up[inner:]
-        z = skinny_gated(x, gate, up, self.activation, need=need, settled=settled, racing=racing, ready=ready)
-        skinny_linear(z, [self.down], out=out, need=need, settled=True)
+        z = skinny_gated(
+            x, gate, up, self.activation, need=need, settled=settled, racing=racing, ready=ready, other=others[0]
+        )
+        skinny_linear(z, [self.down], out=out, need=need, settled=True, other=others[1])
 
     def reduce(self, y: Tensor) -> Tensor:
         if self.parallel == 1:

@@ -1,6 +1,7 @@
 """MLPs of few rows in a captured pass: launches that a flag on the device stops, where more rows take nodes.
 
-A trained stand-in is two launches more, under the same flag turned round: one of the two writes the output, so nobody clears it.
+A trained stand-in is what the MLP's launches do when the flag is against them: one of the two is always written, so nobody clears the
+output.
 Under a router an MLP's first launch begins before the decision: all flags are PENDING from the beginning of the step, and what
 the router writes is memory of its own, for the MLP's may be given out while the router still runs. Where the router is one launch
 with the norm, a counter says that the MLP's rows are there, and what that launch reads nobody needs once it has said so. Only
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from sedac_cli.gpu.decode import norm_route_parts, norm_route_scratch
 from sedac_cli.gpu.probe import RouterWeights, router_scratch
-from sedac_cli.gpu.skinny import BATCH_ROWS, PENDING, fits_skinny
-from sedac_cli.runtime.graph.ops import KernelOps
+from sedac_cli.gpu.skinny import BATCH_ROWS, PENDING
 from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRankStandIns
@@ -35,7 +35,6 @@ class FewRows:
         """`marks`: a counter per place of the parts of its normed rows that are there, then the flags."""
         self.session, self.mode, self.marks = session, mode, marks
         self.place = {layer: i for i, layer in enumerate(session.gated)}
-        self.ops = KernelOps()
         self.whole = self.racing = False
         self.outs: Tensor | None = None
         """[places, rows, hidden]: zero where an MLP under a flag does not write."""
@@ -102,7 +101,7 @@ class FewRows:
         """Where the MLP writes. Before the router is launched: an MLP that races it must come right behind it."""
         if self.rank(layer) != 0:
             return self.cleared(layer, x)
-        if self.stands_in(layer, x):
+        if layer in self.standins:
             return torch.empty_like(x)
         instead = self.session.standin.rows(layer, x)
         return self.cleared(layer, x) if instead is None else instead.to(x.dtype)
@@ -111,13 +110,9 @@ class FewRows:
         """The same before the rows are there, unless what stands in for them is what the output begins with."""
         standin = self.session.standin
         none = type(standin) is ZeroStandIn or (type(standin) is LowRankStandIns and layer not in standin.by_layer)
-        if none or self.rank(layer) != 0 or self.stands_in(layer, like):
+        if none or self.rank(layer) != 0 or layer in self.standins:
             return self.output(layer, like)
         return None
-
-    def stands_in(self, layer: int, x: Tensor) -> bool:
-        """Whether what stands in for these rows is two launches under the flag."""
-        return layer in self.standins and fits_skinny(x)
 
     def cleared(self, layer: int, x: Tensor) -> Tensor:
         """In a whole step one launch clears the outputs of all layers, and none stands between a norm and its MLP."""
@@ -130,9 +125,8 @@ class FewRows:
     def run(self, layer: int, x: Tensor, out: Tensor, flag: Tensor, ready: tuple[Tensor, int] | None = None) -> Tensor:
         mlp = self.session.dense[layer]
         assert mlp is not None
-        mlp.few(x, out, flag, settled=self.settled(layer), racing=self.racing, ready=ready)
-        if self.stands_in(layer, x):
-            self.standins(self.ops, layer, x, out, need=flag)
+        others = self.standins.instead(layer)
+        mlp.few(x, out, flag, settled=self.settled(layer), racing=self.racing, ready=ready, others=others)
         return mlp.reduce(out)
 
     def settled(self, layer: int) -> bool:
@@ -147,6 +141,4 @@ class FewRows:
             return
         flag, out = torch.ones(1, dtype=torch.int32, device=x.device), torch.empty_like(x)
         for racing in (False, True) if self.mode == "routers" else (False,):
-            mlp.few(x, out, flag, racing=racing)
-        if self.stands_in(layer, x):
-            self.standins(self.ops, layer, x, out, need=flag)
+            mlp.few(x, out, flag, racing=racing, others=self.standins.instead(layer))

@@ -17,7 +17,7 @@ from torch import Tensor
 from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.probe import RouterWeights
-from sedac_cli.gpu.skinny import PENDING, skinny_gated, skinny_linear
+from sedac_cli.gpu.skinny import PENDING, Other, skinny_gated, skinny_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,17 +72,16 @@ def test_gated(dtype, rows, activation, width, size):
 
 
 @pytest.mark.parametrize("rows", [1, 12, 30, 50])
-@pytest.mark.parametrize("when", [True, False])
 @pytest.mark.parametrize("need", [0, 1])
-def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
+def test_a_flag_stops_the_launch_and_nothing_is_written(rows, need):
     x, weight = random(rows, 256, dtype=torch.bfloat16), random(100, 256, dtype=torch.bfloat16, scale=0.1)
     flag = torch.full((1,), need, dtype=torch.int32, device="cuda")
     held = random(rows, 100, dtype=torch.bfloat16)
     out = held.clone()
-    skinny_linear(x, [weight], residual=out, out=out, need=flag, when=when)
+    skinny_linear(x, [weight], residual=out, out=out, need=flag)
     z = held.clone()
-    skinny_gated(x, weight, weight, "silu", out=z, need=flag, when=when)
-    if bool(need) != when:
+    skinny_gated(x, weight, weight, "silu", out=z, need=flag)
+    if not need:
         assert torch.equal(out, held)
         assert torch.equal(z, held)
     else:
@@ -90,13 +89,56 @@ def test_a_flag_stops_the_launch_and_nothing_is_written(rows, when, need):
         assert not torch.equal(z, held)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 32, 64])
+@pytest.mark.parametrize(
+    ("width", "size", "rank"), [(3584, 18944, 192), (1024, 2816, 64), (136, 400, 8), (64, 40, 104), (8192, 1000, 2056)]
+)
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_launch_does_the_other_work_when_it_is_not_needed(dtype, rows, width, size, rank, settled, normed):
+    """An MLP and its stand-in as two launches: what each does alone, to the rounding, and only under its flag."""
+    x, h = random(rows, width, dtype=dtype), random(rows, width, dtype=dtype)
+    gate, up, a = (random(n, width, dtype=dtype, scale=2 * width**-0.5) for n in (size, size, rank))
+    down, b = (random(width, n, dtype=dtype, scale=n**-0.5) for n in (size, rank))
+    bias, norm = (
+        random(width, dtype=dtype),
+        (1 + random(width, dtype=dtype, scale=0.1), 1e-6, False) if normed else None,
+    )
+    first, second = Other(a, activation="silu"), Other(b, bias)
+    for flag in (0, 1):
+        need = torch.full((1,), flag, dtype=torch.int32, device="cuda")
+        z, out = torch.empty(rows, size + rank, dtype=dtype, device="cuda"), h.clone()
+        poison(z)
+        before = z.clone()
+        skinny_gated(x, gate, up, "silu", out=z, need=need, settled=settled, norm=norm, other=first)
+        skinny_linear(z, [down], residual=out, out=out, need=need, settled=True, other=second)
+        twin, expected = torch.empty(rows, size + rank, dtype=dtype, device="cuda"), h.clone()
+        decode_reference.skinny_gated(x, gate, up, "silu", out=twin, need=need, norm=norm, other=first)
+        decode_reference.skinny_linear(twin, [down], residual=expected, out=expected, need=need, other=second)
+        used = slice(0, size) if flag else slice(size, None)
+        close(f"flag {flag}, inner", z[:, used], twin[:, used].float())
+        close(f"flag {flag}", out, expected.float())
+        if not flag:
+            assert torch.equal(z[:, :size], before[:, :size]), "what is not needed is not computed"
+        else:
+            assert torch.equal(z[:, :size], skinny_gated(x, gate, up, "silu", norm=norm))
+
+
 @pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
 @pytest.mark.parametrize("rows", [1, 8, 13, 32, 64])
 @pytest.mark.parametrize("added", [False, True])
-def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size, added):
-    """Five layers in a graph, replayed without a pause, against the same launches with a wait after each."""
+@pytest.mark.parametrize("rank", [0, 72])
+def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size, added, rank):
+    """Five layers in a graph, replayed without a pause, against the same launches with a wait after each. `rank`: of stand-ins."""
     make = {"dtype": torch.bfloat16, "scale": width**-0.5}
     layers = [(random(size, width, **make), random(size, width, **make), random(width, size, **make)) for _ in range(5)]
+    others = [
+        (Other(random(rank, width, **make), activation="silu"), Other(random(width, rank, **make)))
+        if rank
+        else (None, None)
+        for _ in layers
+    ]
     routers = [RouterWeights.pack(router_of(width, 16, "cuda"), "cuda") for _ in layers]
     norm = torch.ones(width, dtype=torch.bfloat16, device="cuda")
     start, h, ends = (random(rows, width, dtype=torch.bfloat16) for _ in range(3))
@@ -120,8 +162,10 @@ def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size
             stream = totals[i] if added else stream
             if not races:
                 torch.cuda.synchronize()
-            z = skinny_gated(x, gate, up, "silu", need=need, ready=(ready, parts) if races else None)
-            skinny_linear(z, [down], residual=stream, out=stream, need=need, settled=True)
+            z = skinny_gated(
+                x, gate, up, "silu", need=need, ready=(ready, parts) if races else None, other=others[i][0]
+            )
+            skinny_linear(z, [down], residual=stream, out=stream, need=need, settled=True, other=others[i][1])
         ends.copy_(stream)
 
     graph, _ = captured(lambda: step(True))

@@ -12,12 +12,12 @@ from mlps import INNER, LAYERS, WIDTH, RMSNorm, by_hand, make_layers, routers, r
 
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.stability import StabilityGate
-from sedac_cli.gpu import decode, decode_reference, reference, skinny
+from sedac_cli.gpu import decode, decode_reference, reference
 from sedac_cli.gpu.skinny import PENDING
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRankStandIns
-from sedac_cli.vllm import captured, few_rows
+from sedac_cli.vllm import captured, dense_mlp
 from sedac_cli.vllm.dense_mlp import DenseMlp
 from sedac_cli.vllm.forced import ForcedGate
 from sedac_cli.vllm.settings import read_settings
@@ -56,16 +56,19 @@ class Recorder:
             ready += decode.norm_route_parts(*x.shape)
         return found
 
-    def gated(self, x, gate, up, activation, *, need, settled=False, racing=False, ready=None):
+    def gated(self, x, gate, up, activation, *, need, settled=False, racing=False, ready=None, other=None):
         waits = None if ready is None else (int(ready[0]), ready[1])
         self.launches.append(
-            {"what": "gated", "flag": need.data_ptr(), "was": int(need), "settled": settled, "racing": racing, "ready": waits}
+            {"what": "gated", "flag": need.data_ptr(), "was": int(need), "settled": settled, "racing": racing, "ready": waits,
+             "other": other}
         )  # fmt: skip
-        return decode_reference.skinny_gated(x, gate, up, activation, need=need)
+        width = gate.shape[0] + (0 if other is None else other.weight.shape[0])
+        out = torch.full((x.shape[0], width), float("nan"), dtype=x.dtype)  # half of it is nobody's to read
+        return decode_reference.skinny_gated(x, gate, up, activation, out=out, need=need, other=other)
 
-    def linear(self, x, weights, biases=None, *, need, when=True, settled=False, **more):
-        self.launches.append({"what": "down" if when else "instead", "flag": need.data_ptr(), "settled": settled})
-        return decode_reference.skinny_linear(x, weights, biases, need=need, when=when, **more)
+    def linear(self, x, weights, biases=None, *, need, settled=False, other=None, **more):
+        self.launches.append({"what": "down", "flag": need.data_ptr(), "settled": settled, "other": other})
+        return decode_reference.skinny_linear(x, weights, biases, need=need, other=other, **more)
 
     def words(self):
         return [launch["what"] for launch in self.launches]
@@ -81,9 +84,8 @@ def pretend(monkeypatch):
         recorder = Recorder(gate)
         monkeypatch.setattr(captured, "ConditionalGraph", lambda device: None)
         monkeypatch.setattr(captured, "router_score", recorder.router_score)
-        monkeypatch.setattr(few_rows, "fits_skinny", lambda x: True)
-        monkeypatch.setattr(skinny, "skinny_gated", recorder.gated)
-        monkeypatch.setattr(skinny, "skinny_linear", recorder.linear)
+        monkeypatch.setattr(dense_mlp, "skinny_gated", recorder.gated)
+        monkeypatch.setattr(dense_mlp, "skinny_linear", recorder.linear)
         monkeypatch.setattr(decode, "norm_route", recorder.norm_route)
         monkeypatch.setattr(decode, "add_rms_norm", decode_reference.add_rms_norm)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
@@ -156,7 +158,7 @@ def test_an_mlp_that_races_its_router_waits_for_its_rows_alone(pretend, which):
     for _ in range(2):  # in the second pass no counter may begin where the first left it
         recorder.launches.clear()
         one_pass(session, layers, torch.randn(2, WIDTH).bfloat16(), rows(2))
-        each = ["norm and router", "gated", "down"] + (["instead", "instead"] if which == "all" else [])
+        each = ["norm and router", "gated", "down"]
         assert recorder.words() == each * 3
         for place in range(3):
             router, gated, *rest = recorder.launches[place * len(each) : (place + 1) * len(each)]
@@ -165,6 +167,7 @@ def test_an_mlp_that_races_its_router_waits_for_its_rows_alone(pretend, which):
             assert gated["racing"]
             assert gated["ready"] == (PENDING + 2, PENDING + 2), "a part for each of two rows of one slice"
             assert all(launch["settled"] and launch["flag"] == router["flag"] for launch in rest)
+            assert all((launch["other"] is not None) == (which == "all") for launch in (gated, *rest))
         kept = [t.data_ptr() for t in session.capture.few.memory]
         assert all(
             [t.data_ptr() for t in launch["memory"]] == kept
@@ -205,7 +208,7 @@ def test_an_mlp_races_the_router_just_ahead_of_it(pretend, which):
         LearnedGate(LAYERS, routers(), 0.0), standins() if which == "all" else ZeroStandIn()
     )
     one_pass(session, layers, torch.randn(2, WIDTH).bfloat16(), rows(2))
-    each = ["router", "gated", "down"] + (["instead", "instead"] if which == "all" else [])
+    each = ["router", "gated", "down"]
     assert recorder.words() == each * 3
     for place in range(3):
         router, gated, *rest = recorder.launches[place * len(each) : (place + 1) * len(each)]
@@ -286,7 +289,8 @@ def test_over_two_gpus_one_rank_stands_in(pretend, monkeypatch, limit):
         with torch.no_grad():
             parts.append([session.mlp(layer, x).float() for layer in session.gated])
         session.end()
-        assert ("instead" in recorder.words()) == (rank == 0)
+        others = [launch["other"] is not None for launch in recorder.launches if launch["what"] in ("gated", "down")]
+        assert others == [rank == 0] * 6
     for place, layer in enumerate(range(1, LAYERS)):
         expected = whole[layer].mlp(x) if limit > 0 else standin.rows(layer, x)
         torch.testing.assert_close(parts[0][place] + parts[1][place], expected.float(), **CLOSE)

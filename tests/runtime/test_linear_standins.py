@@ -7,6 +7,7 @@ import torch
 
 from sedac_cli.errors import InputError
 from sedac_cli.runtime.graph.ops import TwinOps
+from sedac_cli.runtime.graph.standard import Linear
 from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -43,14 +44,21 @@ def test_it_computes_what_the_module_computes(rank, dtype):
     torch.testing.assert_close(added, h + expected, **close)
 
 
-def test_it_works_where_the_flag_has_closed_the_mlp_and_touches_nothing_elsewhere():
-    standins = LinearStandIns(LowRankStandIns({0: trained(8)}), torch.float32, CPU)
-    x = torch.randn(2, WIDTH)
-    for flag, works in ((0, True), (1, False)):
-        out = torch.full_like(x, 7.0)
-        standins(TwinOps(), 0, x, out, need=torch.tensor([flag], dtype=torch.int32))
-        assert bool((out != 7.0).all()) == works
-        assert works or bool((out == 7.0).all())
+@pytest.mark.parametrize("rank", [6, 8, 48])
+@pytest.mark.parametrize("residual", [False, True])
+def test_it_is_what_the_launches_of_an_mlp_do_when_their_flag_is_0(rank, residual):
+    """For any rank, also one above the MLP's inner width."""
+    torch.manual_seed(1)
+    low, inner, ops = trained(rank), 40, TwinOps()
+    first, second = LinearStandIns(LowRankStandIns({0: low}), torch.float32, CPU).instead(0)
+    gate, up, down = torch.randn(inner, WIDTH), torch.randn(inner, WIDTH), Linear([torch.randn(WIDTH, inner)], [None])
+    x, h = torch.randn(2, WIDTH), torch.randn(2, WIDTH)
+    wanted = {0: low(x), 1: (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.weights[0].T}
+    for flag, expected in wanted.items():
+        need, out = torch.tensor([flag], dtype=torch.int32), h.clone()
+        z = ops.gated(x, gate, up, "silu", None, need=need, other=first)
+        ops.linear(z, down, residual=out if residual else None, out=out, need=need, other=second)
+        torch.testing.assert_close(out, expected + h if residual else expected, rtol=1e-5, atol=1e-4)
 
 
 def test_its_memory_is_the_modules_where_nothing_is_missing():
@@ -61,7 +69,9 @@ def test_its_memory_is_the_modules_where_nothing_is_missing():
 
 
 def test_none_and_unknown_kinds():
-    assert not LinearStandIns(ZeroStandIn(), torch.float32, CPU).pairs
+    none = LinearStandIns(ZeroStandIn(), torch.float32, CPU)
+    assert not none.pairs
+    assert none.instead(0) == (None, None)
 
     class Other:
         def rows(self, layer, x):

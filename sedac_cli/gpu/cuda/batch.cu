@@ -6,7 +6,7 @@
 // pieces swapped so that no two lanes meet in a bank. Nothing of x is kept: it comes from L2, TILE / (8 NT) times less than W.
 // GATED: two matrices, y = act(x W0^T) * (x W1^T), each product rounded to T as separate layers would; their rows lie in turns of
 // eight, so that a thread has both halves of what it multiplies. Rows of up to three matrices stand one after the other (q, k, v).
-// `need`, `when`, `standing`, `ready`, `parts` and RACES: as in skinny.cu.
+// `need`, `standing`, `ready`, `parts`, RACES and OTHER: as in skinny.cu.
 // Constants: T (1, 2), NT (8 rows of x each, even), GATED, ACT (as there), MI (16 rows of W a warp each), WR and WK (warps side by side
 // in rows of W and in k), STAGES (of the ring), KC (128 bytes of a row in a step each), RACES.
 
@@ -26,9 +26,19 @@ struct Tile {
 extern "C" __global__ void __launch_bounds__(THREADS) batch(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int standing, int tiles, const int* ready, int parts, float4* partial, u32* arrived) {
+    int standing, int tiles, const int* ready, int parts, float4* partial, u32* arrived, const raw* other_w,
+    const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
-  auto closed = [&](int value) { return (value != 0) != (when != 0); };
+  auto closed = [](int value) { return value == 0; };
+#if OTHER
+  __shared__ float sums[THREADS / 2];
+  auto do_other = [&]() {
+    const Other other = {other_w, other_bias, other_n, other_k};
+    otherwise(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, sums);
+  };
+#else
+  auto do_other = [] {};
+#endif
   if (need && standing == 1) {
     int now = *flag;
     if (now == PENDING) {
@@ -38,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     if (closed(now)) {
       release();
       settle();
+      do_other();
       return;
     }
   }
@@ -122,6 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
   release();
   if (!RACES && need && standing == 0 && closed(*flag)) {
     copy_async_wait<0>();
+    do_other();
     return;
   }
 #pragma unroll
@@ -148,6 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
       if (known && closed(now)) {
         copy_async_wait<0>();
         settle();
+        do_other();
         return;
       }
     }
@@ -219,6 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
         known = true;
         if (closed(*flag)) {
           copy_async_wait<0>();
+          do_other();
           return;
         }
       }

@@ -5,7 +5,7 @@
 // product does not matter as long as both sides agree, so lanes exchange nothing. Shared memory only holds what is in flight
 // (registers would: the compiler then kept 4 loads in flight of 14). The WARPS of a block share k in turns and add up at last. Rows of up to three matrices stand one after the other (q, k, v);
 // GATED: two matrices, y = act(x W0^T) * (x W1^T), each product rounded to T as separate layers would.
-// `need`: the launch does its work iff (*need != 0) == when. A block that has nothing to do ends at once: that is a gate
+// `need`: the launch does its work iff *need != 0. A block that has nothing to do ends at once: that is a gate
 // which costs nothing when open, where an IF node around the same work costs 6 us when taken (28 of them in benchmarks/results/gpu_kernels.json).
 // `standing` says what is known of the flag. 1: no launch that may still run writes it (if it is PENDING all the same, this one
 // waits). 0: the launch ahead writes it; the first weights are asked for before it has ended, since memory is idle while it
@@ -14,7 +14,9 @@
 // at it after every step and tells the others, who wait for nobody.
 // Constants: T (1, 2), TILES (16 rows of W each, an item's), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
-// ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm.
+// ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm; and OTHER (linear_parts.cuh): a launch that
+// its flag is against then does that work. GATED: on the same x, into the columns behind those of y (a block that has not
+// heard of the decision yet may still write these); otherwise on the columns of x behind the first k, into the same y.
 
 #define THREADS (32 * WARPS)
 #define STEP (32 * WARPS)
@@ -55,16 +57,19 @@ __device__ __forceinline__ Item item_of(
 extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
-    int when, int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one) {
+    int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one,
+    const raw* other_w, const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
-  auto closed = [&](int value) { return (value != 0) != (when != 0); };
+  auto closed = [](int value) { return value == 0; };
+  bool instead = false;
   if (need && standing == 1) {
     int now = *flag;
     if (now == PENDING) {
       settle();
       now = *flag;
     }
-    if (closed(now)) {
+    instead = closed(now);
+    if (!OTHER && instead) {
       release();  // the next launch need not wait for this one's blocks to find room
       settle();
       return;
@@ -95,8 +100,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     ++asked;
     copy_async_commit();
   };
+  if (!instead) {
 #pragma unroll
-  for (int step = 0; step < STAGES; ++step) ask();
+    for (int step = 0; step < STAGES; ++step) ask();
+  }
 #if XS == 2
   // The norm's weights depend on nothing either.
   uint4 norm_weight[HELD];
@@ -134,10 +141,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #if XS
   // Rows lie 64 bytes further apart than they are long: two of them then share no bank.
   u8* const here = dynamic + RING;
-  const int pitch = k * (int)sizeof(raw) + 64;
+  const int pitch = (OTHER ? max(k, other_k) : k) * (int)sizeof(raw) + 64;
+  const int used = OTHER && instead ? other_k : k, begin = OTHER && !GATED && instead ? k : 0;
   for (int r = 0; r < m; ++r)
-    for (int i = threadIdx.x * 8; i < k; i += THREADS * 8) {
-      const uint4* from = (const uint4*)(x + r * x_stride + i);
+    for (int i = threadIdx.x * 8; i < used; i += THREADS * 8) {
+      const uint4* from = (const uint4*)(x + r * x_stride + begin + i);
       *(uint4*)(here + r * pitch + i * 2) = RACES ? __ldcg(from) : *from;  // a racing block's own cache may be old
     }
   __syncthreads();
@@ -165,6 +173,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
   __syncthreads();
 #endif
+#if OTHER
+  auto do_other = [&]() {
+#if XS
+    const raw* rows = (const raw*)here;
+    const i64 apart = pitch / 2;
+#else
+    const raw* rows = GATED ? x : x + k;
+    const i64 apart = x_stride;
+#endif
+    const Other other = {other_w, other_bias, other_n, other_k};
+    otherwise(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float*)partial);
+  };
+#else
+  auto do_other = [] {};
+#endif
   uint4 x_ahead[X_AHEAD + 1];
   auto fetch = [&](int step, uint4& q) {
     const int at = mine + step * STEP;
@@ -179,8 +202,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
-  if (!RACES && need && standing == 0 && closed(seen)) {
+  instead |= !RACES && need && standing == 0 && closed(seen);
+  if (instead) {
     copy_async_wait<0>();
+    do_other();
     return;
   }
   bool known = !RACES;
@@ -220,6 +245,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   if (__syncthreads_or(known && closed(verdict))) {
     copy_async_wait<0>();
     settle();
+    do_other();
     return;
   }
 #endif

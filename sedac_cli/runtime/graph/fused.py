@@ -1,6 +1,7 @@
 """A decode step of a standard model, by the decode kernels: five launches a layer, and what a gate closes ends at once.
 
-A launch that hangs on a flag and is not needed leaves the residual stream alone, which is what a skipped MLP is. Where more
+A launch that hangs on a flag and is not needed leaves the residual stream alone, which is what a skipped MLP is, or does the
+stand-in's part. Where more
 rows make cuBLAS the faster way, MLP and stand-in are the two branches of a conditional node instead.
 
     step = FusedStep(loaded.decoder, standard, plan.standin, cache, program)
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError
-from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
+from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS, Other
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Entry, Program
@@ -22,6 +23,8 @@ from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn
 from sedac_cli.structure import Decoder
+
+NEITHER: tuple[None, None] = (None, None)
 
 
 class FusedStep:
@@ -64,23 +67,25 @@ class FusedStep:
         if scale is not None and need is not None:
             self.blend(index, layer, entry, h, scale)
         elif need is None or self.either is None:
-            self.run(layer, entry, h, need)
-            if need is not None:
-                self.instead(index, entry, h, need)
+            self.run(layer, entry, h, need, self.standins.instead(index) if need is not None else NEITHER)
         else:
             otherwise = (lambda: self.instead(index, entry, h)) if index in self.standins else None
             self.either(need, lambda: self.run(layer, entry, h), otherwise)
 
-    def run(self, layer: Layer, entry: Entry, h: Tensor, need: Tensor | None = None) -> None:
+    def run(
+        self, layer: Layer, entry: Entry, h: Tensor, need: Tensor | None = None,
+        others: tuple[Other, Other] | tuple[None, None] = NEITHER,
+    ) -> None:  # fmt: skip
+        """With a flag that is 0 the launches do what is in `others`."""
         z = self.ops.gated(
             entry.x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=entry.settled,
-            ready=entry.ready, norm=entry.norm,
+            ready=entry.ready, norm=entry.norm, other=others[0],
         )  # fmt: skip
-        self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True)
+        self.ops.linear(z, layer.down, residual=h, out=h, need=need, settled=True, other=others[1])
 
-    def instead(self, index: int, entry: Entry, h: Tensor, need: Tensor | None = None) -> None:
+    def instead(self, index: int, entry: Entry, h: Tensor) -> None:
         if index in self.standins:
-            self.standins(self.ops, index, entry.x, h, residual=h, need=need, norm=entry.norm)
+            self.standins(self.ops, index, entry.x, h, residual=h, norm=entry.norm)
 
     def blend(self, index: int, layer: Layer, entry: Entry, h: Tensor, scale: Tensor) -> None:
         """h += scale * MLP + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""

@@ -16,25 +16,27 @@ from sedac_cli.gpu import decode, decode_reference, packed, reference, skinny
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.entropy import fused_entropy
 from sedac_cli.gpu.reference import Entropy
+from sedac_cli.gpu.skinny import Other
 from sedac_cli.runtime.graph.standard import Linear, Norm
 
 GATED = skinny.ACTIVATIONS.keys() - {"none"}
 
 
 class Ops(Protocol):
-    """`need`, `when`: the work is done iff (need != 0) == when; only where `stops` says that launches can be stopped. `norm`: x goes
-    through it first."""
+    """`need`: the work is done iff it is not 0, and that of `other` iff it is; only where `stops` says that launches can be stopped.
+    `norm`: x goes through it first."""
 
     stops: bool
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+        need: Tensor | None = None, settled: bool = False, norm: Norm | None = None, other: Other | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
         need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
+        other: Other | None = None,
     ) -> Tensor: ...  # fmt: skip
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor: ...
@@ -65,19 +67,29 @@ class KernelOps:
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+        need: Tensor | None = None, settled: bool = False, norm: Norm | None = None, other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         return skinny.skinny_linear(
-            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when,
-            settled=settled, norm=_parts(norm),
+            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, settled=settled,
+            norm=_parts(norm), other=other,
         )  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
         need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
+        other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         return skinny.skinny_gated(
-            x, gate, up, activation, biases=biases, need=need, settled=settled, ready=ready, norm=_parts(norm)
+            x,
+            gate,
+            up,
+            activation,
+            biases=biases,
+            need=need,
+            settled=settled,
+            ready=ready,
+            norm=_parts(norm),
+            other=other,
         )
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
@@ -103,7 +115,7 @@ class WideOps(KernelOps):
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+        need: Tensor | None = None, settled: bool = False, norm: Norm | None = None, other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         assert need is None
         x = x if norm is None else self.norm(x, norm)
@@ -118,6 +130,7 @@ class WideOps(KernelOps):
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
         need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
+        other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         assert need is None
         x = x if norm is None else self.norm(x, norm)
@@ -140,18 +153,21 @@ class TwinOps:
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+        need: Tensor | None = None, settled: bool = False, norm: Norm | None = None, other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         return decode_reference.skinny_linear(
-            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, when=when,
-            norm=_parts(norm),
+            x, linear.weights, linear.biases, activation=activation, residual=residual, out=out, need=need, norm=_parts(norm),
+            other=other,
         )  # fmt: skip
 
     def gated(
         self, x: Tensor, gate: Tensor, up: Tensor, activation: str, biases: tuple[Tensor, Tensor] | None,
         need: Tensor | None = None, settled: bool = False, ready: tuple[Tensor, int] | None = None, norm: Norm | None = None,
+        other: Other | None = None,
     ) -> Tensor:  # fmt: skip
-        return decode_reference.skinny_gated(x, gate, up, activation, biases=biases, need=need, norm=_parts(norm))
+        return decode_reference.skinny_gated(
+            x, gate, up, activation, biases=biases, need=need, norm=_parts(norm), other=other
+        )
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode_reference.rms_norm(x, norm.weight, norm.eps, norm.plus_one)

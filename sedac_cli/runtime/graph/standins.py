@@ -1,8 +1,11 @@
-"""Trained stand-ins as the decode kernels run them: two linear maps each, so two launches, which a flag may stop.
+"""Trained stand-ins as the decode kernels run them: two linear maps each.
+
+Under a flag they are what the MLP's two launches do when they are not needed; alone they are two launches.
 
 standins = LinearStandIns(plan.standin, torch.bfloat16, device)
+first, second = standins.instead(layer)                 # for skinny_gated and skinny_linear; two times None where there is none
 if layer in standins:
-    standins(ops, layer, x, h, residual=h, need=flag)       # h += stand-in, iff the flag is 0
+    standins(ops, layer, x, h, residual=h)              # h += stand-in
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError
+from sedac_cli.gpu.skinny import Other
 from sedac_cli.runtime.graph.standard import Linear, Norm
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -23,7 +27,7 @@ class HasLinear(Protocol):
 
     def linear(
         self, x: Tensor, linear: Linear, *, activation: str = "none", residual: Tensor | None = None, out: Tensor | None = None,
-        need: Tensor | None = None, when: bool = True, settled: bool = False, norm: Norm | None = None,
+        norm: Norm | None = None,
     ) -> Tensor: ...  # fmt: skip
 
 
@@ -37,15 +41,19 @@ class LinearStandIns:
     def __contains__(self, layer: int) -> bool:
         return layer in self.pairs
 
-    def __call__(
-        self, ops: HasLinear, layer: int, x: Tensor, out: Tensor, *, residual: Tensor | None = None, need: Tensor | None = None,
-        norm: Norm | None = None,
-    ) -> None:  # fmt: skip
-        """Into `out`, iff there is no flag or it is 0. Called behind the MLP of the same flag, whose x and norm it takes."""
+    def instead(self, layer: int) -> tuple[Other, Other] | tuple[None, None]:
+        """What the launches of a gated MLP do when their flag is against them."""
+        if layer not in self.pairs:
+            return None, None
         inward, outward = self.pairs[layer]
-        # The MLP's two launches lie between the flag and these: it stands, whatever it was for the MLP.
-        z = ops.linear(x, inward, activation="silu", need=need, when=False, settled=True, norm=norm)
-        ops.linear(z, outward, residual=residual, out=out, need=need, when=False, settled=True)
+        return Other(inward.weights[0], activation="silu"), Other(outward.weights[0], outward.biases[0])
+
+    def __call__(
+        self, ops: HasLinear, layer: int, x: Tensor, out: Tensor, *, residual: Tensor | None = None, norm: Norm | None = None
+    ) -> None:  # fmt: skip
+        inward, outward = self.pairs[layer]
+        z = ops.linear(x, inward, activation="silu", norm=norm)
+        ops.linear(z, outward, residual=residual, out=out)
 
 
 def pair(module: LowRank, dtype: torch.dtype, device: torch.device) -> tuple[Linear, Linear]:
