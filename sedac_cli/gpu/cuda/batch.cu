@@ -30,34 +30,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
   auto closed = [](int value) { return value == 0; };
-#if OTHER
-  __shared__ float sums[THREADS / 2];
-  auto do_other = [&]() {
-    const Other other = {other_w, other_bias, other_n, other_k};
-    otherwise(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, sums);
-  };
-#else
-  auto do_other = [] {};
-#endif
+  bool instead = false;
   if (need && standing == 1) {
     int now = *flag;
     if (now == PENDING) {
       settle();
       now = *flag;
     }
-    if (closed(now)) {
+    instead = closed(now);
+#if OTHER
+    if (instead) bring_nearer(other_w, (i64)other_n * other_k);
+#else
+    if (instead) {
       release();
       settle();
-      do_other();
       return;
     }
+#endif
   }
   DYNAMIC_SHARED(dynamic);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WR, share = threadIdx.x / 32 / WR, g = lane / 4, t = lane % 4;
   const int steps = (k + 64 * KC - 1) / (64 * KC), units = tiles * steps;
   auto first_of = [&](int block) { return (int)((i64)block * units / gridDim.x); };
   auto block_of = [&](int unit) { return (int)(((i64)(unit + 1) * gridDim.x - 1) / units); };
-  const int begin = first_of(blockIdx.x), end = first_of(blockIdx.x + 1);
+  const int begin = first_of(blockIdx.x), end = instead ? begin : first_of(blockIdx.x + 1);
   auto tile_at = [&](int index) {
 #if GATED
     return Tile{w0, b0, index * (TILE / 2), n0, 0};
@@ -131,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
   settle();
 #endif
   release();
-  if (!RACES && need && standing == 0 && closed(*flag)) {
+  instead |= !RACES && need && standing == 0 && closed(*flag);
+  if (!OTHER && instead) {
     copy_async_wait<0>();
-    do_other();
     return;
   }
 #pragma unroll
@@ -144,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
   bool known = !RACES;
   int tile = begin / steps, step = first_step, slot = 0;
   float sum[MI][NT][4] = {};
-  for (int unit = begin; unit < end; ++unit) {
+  for (int unit = begin; !(OTHER && instead) && unit < end; ++unit) {
     copy_async_wait<STAGES - 2>();
 #if RACES
     if (!known && threadIdx.x == 0) {
@@ -158,9 +154,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
       const int now = verdict[unit & 1];
       known = now != PENDING;
       if (known && closed(now)) {
+#if OTHER
+        instead = true;
+        break;
+#endif
         copy_async_wait<0>();
         settle();
-        do_other();
         return;
       }
     }
@@ -231,8 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
         settle();
         known = true;
         if (closed(*flag)) {
+#if OTHER
+          instead = true;
+          break;
+#endif
           copy_async_wait<0>();
-          do_other();
           return;
         }
       }
@@ -312,4 +314,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     if (step == steps) step = 0, ++tile;
   }
   if (RACES) settle();  // who comes after this launch may count on the flag
+#if OTHER
+  // A block may have come to its end before the decision.
+  if (instead || (RACES && !known && closed(*flag))) {
+    copy_async_wait<0>();
+    const Other other = {other_w, other_bias, other_n, other_k};
+    otherwise<NT>(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)dynamic);
+  }
+#endif
 }

@@ -26,71 +26,80 @@ __device__ __forceinline__ void wait_for(const int* counter, int value) {
 
 
 #if OTHER
-// One matrix, of few rows: y = act(x W^T + b) (+ residual). What a launch does instead if its flag is against it, so that a stand-in
-// is no launch of its own. `share` warps of a block take two rows of W together, and 8 rows of x at a time; x may lie in shared
-// memory, where `parts` has 16 floats a warp. A call, so that it costs those who do not come here no registers.
+// One matrix: y = act(x W^T + b) (+ residual). What a launch does instead if its flag is against it, so that a stand-in is no launch
+// of its own. Latency is all that counts: eight rows of W at most are a piece of work, `share` warps of a block divide its k, and
+// the tensor cores take 32 of k at a time, in any order both sides agree on (skinny.cu). NX times 8 rows of x at once, which may lie
+// in shared memory; `parts` has 32 NX float2 a warp. A call, so that it costs those who do not come here no registers.
 struct Other {
   const raw *w, *bias;
   int n, k;
 };
 
+// Into L2, by all blocks together.
+__device__ __forceinline__ void bring_nearer(const raw* w, i64 size) {
+  for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * 64; i < size; i += (i64)gridDim.x * blockDim.x * 64)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
+}
+
+template <int NX>
 __device__ __noinline__ void otherwise(
-    Other other, const raw* x, i64 x_stride, int m, const raw* residual, i64 r_stride, raw* out, i64 out_stride, float* parts) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    Other other, const raw* x, i64 x_stride, int m, const raw* residual, i64 r_stride, raw* out, i64 out_stride, float2* parts) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
+  const int steps = (other.k + 31) / 32;
   int share = 1;
-  while (share < warps && share * 256 < other.k && share * other.n <= warps * (int)gridDim.x) share *= 2;
-  const int pairs = warps / share, part = warp % share;
-  for (int first = 2 * pairs * blockIdx.x; first < other.n; first += 2 * pairs * gridDim.x) {
-    const int at = first + 2 * (warp / share);
-    const raw* row[2];
+  while (share < warps && share < steps) share *= 2;
+  const int groups = warps / share, part = warp % share, pieces = groups * gridDim.x;
+  const int rows = min(8, (other.n + pieces - 1) / pieces);
+  __syncthreads();  // what `parts` held has been read
+  for (int first = rows * groups * blockIdx.x; first < other.n; first += rows * pieces) {
+    const int at = first + rows * (warp / share);
+    const bool there = g < rows && at + g < other.n;
+    const raw* row = other.w + (i64)(there ? at + g : 0) * other.k + t * 8;
+    float sum[NX][4] = {};
+#pragma unroll(8 / NX)
+    for (int step = part; step < steps; step += share) {
+      const bool inside = step * 32 + t * 8 < other.k;
+      const uint4 none = make_uint4(0, 0, 0, 0);
+      const uint4 w = there && inside ? __ldg((const uint4*)(row + step * 32)) : none;
+      uint4 q[NX];
 #pragma unroll
-    for (int j = 0; j < 2; ++j) row[j] = other.w + (i64)min(at + j, other.n - 1) * other.k;
-    for (int top = 0; top < m; top += 8) {
-      float sum[16] = {};  // of a row of W 8 each
-      for (int i = (part * 32 + lane) * 8; i < other.k; i += share * 256) {
-        float w[2][8];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) unpack<T>(__ldg((const uint4*)(row[j] + i)), w[j]);
-#pragma unroll
-        for (int r = 0; r < 8; ++r) {
-          if (top + r >= m) break;
-          const uint4* from = (const uint4*)(x + (top + r) * x_stride + i);
-          float v[8];
+      for (int c = 0; c < NX; ++c) {
+        const uint4* from = (const uint4*)(x + (c * 8 + g) * x_stride + step * 32 + t * 8);
 #if RACES && !XS
-          unpack<T>(__ldcg(from), v);  // this block's own cache may be old
+        q[c] = c * 8 + g < m && inside ? __ldcg(from) : none;  // this block's own cache may be old
 #else
-          unpack<T>(*from, v);
+        q[c] = c * 8 + g < m && inside ? *from : none;
 #endif
-#pragma unroll
-          for (int e = 0; e < 8; ++e)
-#pragma unroll
-            for (int j = 0; j < 2; ++j) sum[j * 8 + r] = fmaf(w[j][e], v[e], sum[j * 8 + r]);
-        }
       }
-      // Each exchange halves what a lane still adds up: in the end it has one sum, that of index lane / 2.
+      const u32 low[4] = {w.x, 0, w.y, 0}, high[4] = {w.z, 0, w.w, 0};
 #pragma unroll
-      for (int half = 8; half; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-          const bool upper = lane & (2 * half);
-          const float give = upper ? sum[i] : sum[i + half], keep = upper ? sum[i + half] : sum[i];
-          sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, 2 * half);
-        }
-      float total = sum[0] + __shfl_xor_sync(0xffffffffu, sum[0], 1);
-      if (share > 1) {
-        __syncthreads();  // the last readers are done
-        if (lane % 2 == 0) parts[warp * 16 + lane / 2] = total;
-        __syncthreads();
-        total = 0.0f;
-        for (int v = 0; v < share; ++v) total += parts[(warp / share * share + v) * 16 + lane / 2];
+      for (int c = 0; c < NX; ++c) {
+        mma_16x8x16<T>(sum[c], low, q[c].x, q[c].y);
+        mma_16x8x16<T>(sum[c], high, q[c].z, q[c].w);
       }
-      const int j = lane / 16, r = top + lane / 2 % 8;
-      if (part || lane % 2 || r >= m || at + j >= other.n) continue;
-      float y = total + (other.bias ? widen<T>(other.bias[at + j]) : 0.0f);
-      if (OTHER > 1) y = activate<OTHER - 1>(rounded(y));
-      if (residual) y = widen<T>(residual[r * r_stride + at + j]) + rounded(y);
-      out[r * out_stride + at + j] = narrow<T>(y);
     }
+    // A lane has row g of the piece, rows 2 t and 2 t + 1 of each eight of x.
+#pragma unroll
+    for (int c = 0; c < NX; ++c) parts[(warp * NX + c) * 32 + lane] = make_float2(sum[c][0], sum[c][1]);
+    __syncthreads();
+    for (int c = part; there && c < NX; c += share) {
+      float value[2] = {};
+      for (int v = 0; v < share; ++v) {
+        const float2 of = parts[((warp / share * share + v) * NX + c) * 32 + lane];
+        value[0] += of.x, value[1] += of.y;
+      }
+      const float bias = other.bias ? widen<T>(other.bias[at + g]) : 0.0f;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int r = c * 8 + t * 2 + e;
+        if (r >= m) continue;
+        float y = value[e] + bias;
+        if (OTHER > 1) y = activate<OTHER - 1>(rounded(y));
+        if (residual) y = widen<T>(residual[r * r_stride + at + g]) + rounded(y);
+        out[r * out_stride + at + g] = narrow<T>(y);
+      }
+    }
+    __syncthreads();
   }
 }
 #endif

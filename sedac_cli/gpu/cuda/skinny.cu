@@ -69,14 +69,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
       now = *flag;
     }
     instead = closed(now);
-    if (!OTHER && instead) {
+#if OTHER
+    if (instead) bring_nearer(other_w, (i64)other_n * other_k);
+#else
+    if (instead) {
       release();  // the next launch need not wait for this one's blocks to find room
       settle();
       return;
     }
+#endif
   }
   DYNAMIC_SHARED(dynamic);
-  __shared__ float partial[WARPS][MT][4][32];
+  __shared__ __align__(16) float partial[WARPS][MT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   // A lane reads back only what it copied itself: its ring of STAGES steps needs no barrier. The ring runs on from one item of
   // this block to its next, so the memory bus is busy while an item's sums are put together.
@@ -173,21 +177,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
   __syncthreads();
 #endif
-#if OTHER
-  auto do_other = [&]() {
-#if XS
-    const raw* rows = (const raw*)here;
-    const i64 apart = pitch / 2;
-#else
-    const raw* rows = GATED ? x : x + k;
-    const i64 apart = x_stride;
-#endif
-    const Other other = {other_w, other_bias, other_n, other_k};
-    otherwise(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float*)partial);
-  };
-#else
-  auto do_other = [] {};
-#endif
   uint4 x_ahead[X_AHEAD + 1];
   auto fetch = [&](int step, uint4& q) {
     const int at = mine + step * STEP;
@@ -203,14 +192,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
   instead |= !RACES && need && standing == 0 && closed(seen);
-  if (instead) {
+  if (!OTHER && instead) {
     copy_async_wait<0>();
-    do_other();
     return;
   }
   bool known = !RACES;
   int taken = 0;
-  for (int index = blockIdx.x; index < items; index += LOOP ? gridDim.x : items) {
+  for (int index = blockIdx.x; !(OTHER && instead) && index < items; index += LOOP ? gridDim.x : items) {
   float sum[MT][4] = {};
   for (int step = 0; step < steps; ++step, ++taken) {
 #if RACES
@@ -243,9 +231,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #if RACES
   // One warp may have seen what another has not: they leave together.
   if (__syncthreads_or(known && closed(verdict))) {
+#if OTHER
+    instead = true;
+    break;
+#endif
     copy_async_wait<0>();
     settle();
-    do_other();
     return;
   }
 #endif
@@ -287,4 +278,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
   }
   if (RACES) settle();  // who comes after this launch may count on the flag
+#if OTHER
+  // A block may have come to its end before the decision.
+  if (instead || (RACES && !known && closed(*flag))) {
+    copy_async_wait<0>();
+#if XS
+    const raw* rows = (const raw*)here;
+    const i64 apart = pitch / 2;
+#else
+    const raw* rows = GATED ? x : x + k;
+    const i64 apart = x_stride;
+#endif
+    const Other other = {other_w, other_bias, other_n, other_k};
+    otherwise<1>(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)partial);
+  }
+#endif
 }
