@@ -55,7 +55,7 @@ def runners(lab: Lab) -> None:
         environment = {"VLLM_USE_V2_MODEL_RUNNER": which}
         specs = [
             lab.plain(f"plain-V{int(which) + 1}", environment=environment),
-            lab.forced("nodes", f"nodes-V{int(which) + 1}", environment=environment),
+            *(lab.forced(way, f"{way}-V{int(which) + 1}", environment=environment) for way in ("nodes", "kernels")),
         ]
         measure(lab, specs, [1, 8], max(2, lab.args.rounds // 2), runner=f"V{int(which) + 1}")
         gated = lab.document["engines"][specs[1].name]["status"][0]["runner"]

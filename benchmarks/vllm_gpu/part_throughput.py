@@ -48,7 +48,7 @@ def run(lab: Lab) -> None:
                 measure(engine, number, f"forced {share:.0%}")
 
     rounds = args.throughput_rounds
-    lab.interleave([lab.plain(), lab.forced("nodes"), by_token], rounds, work)
+    lab.interleave([lab.plain(), lab.forced("auto"), by_token], rounds, work)
 
 
 def tune(lab: Lab, engine: Engine) -> float:

@@ -49,7 +49,7 @@ def run(lab: Lab) -> None:
     for name, against in (
         (f"nodes-tp{args.tp} 0%", f"silu-tp{args.tp} 0%"), (f"kernels-tp{args.tp} 0%", f"silu-tp{args.tp} 0%"),
         (f"nodes-tp{args.tp} 0%", "nodes-one 0%"), (f"silu-tp{args.tp} 0%", "silu-one 0%"),
-        (f"nodes-tp{args.tp} 25%", "nodes-one 25%"), (f"learned-tp{args.tp} 0%", f"nodes-tp{args.tp} 25%"),
+        (f"nodes-tp{args.tp} 25%", "nodes-one 25%"), (f"learned-tp{args.tp} 0%", f"kernels-tp{args.tp} 25%"),
         (f"nodes-tp{args.tp} 25%", f"nodes-tp{args.tp} 0%"),
     ):  # fmt: skip
         if name in got and against in got:

@@ -20,7 +20,7 @@ from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Branch
 
-PACK_FROM = 512
+PACK_FROM = 2048
 """Rows from which a GPU packs them itself (grouped products that end at a count on the device): nobody waits for the host."""
 
 

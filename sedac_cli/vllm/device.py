@@ -51,24 +51,50 @@ class DeviceSession(Session):
         self.protected = False
         """Whether any row of this step must run every MLP."""
         self.dense = {layer: DenseMlp.of(self.layers[layer].mlp) for layer in self.gated}
-        self.use_kernels = settings.mlp == "kernels"
         self.packs = False
+        self.use_kernels = self.wants_kernels(settings.mlp)
         if self.use_kernels:
             self.kind = "kernels under flags for few rows, conditional nodes"
-            self.check_kernels()
         self.capture = Capture(self) if self.gated else None
 
-    def check_kernels(self) -> None:
+    def wants_kernels(self, asked: str) -> bool:
+        why = self.no_kernels()
+        if asked == "kernels" and why is not None:
+            raise InputError(f"SEDAC_MLP=kernels: {why}", hint="SEDAC_MLP=nodes wraps whatever the MLP launches")
+        if asked == "auto" and self.gated:
+            why = why or self.not_measured() or self.other_results()
+            if why is not None:
+                log.info("sedac: all gated MLPs run in conditional nodes: %s", why)
+        return asked != "nodes" and why is None
+
+    def no_kernels(self) -> str | None:
+        """Why the MLPs cannot be run by our kernels."""
         if isinstance(self.gate, SoftGate):
-            raise InputError("SEDAC_MLP=kernels cannot blend as gate 'soft' does", hint="SEDAC_MLP=nodes")
+            return "they do not blend as gate 'soft' does"
         for layer, mlp in self.dense.items():
             if mlp is None:
-                why = "has adapters" if layer in self.adapted else "is not"
-                raise InputError(
-                    f"SEDAC_MLP=kernels needs bf16 MLPs of two open matrices; layer {layer} has a "
-                    f"{type(self.layers[layer].mlp).__name__} that {why}",
-                    hint="SEDAC_MLP=nodes wraps whatever the MLP launches",
-                )
+                why = "has adapters" if layer in self.adapted else "is not one"
+                return f"they take MLPs of two open bf16 matrices; the {type(self.layers[layer].mlp).__name__} of layer {layer} {why}"
+        return None
+
+    def not_measured(self) -> str | None:
+        """Why kernels are not chosen unasked."""
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return None if major == 9 else f"kernels were not measured on compute capability {major}.{minor}"
+
+    @torch.inference_mode()
+    def other_results(self) -> str | None:
+        """By how much the kernels miss what vLLM's own MLP gives, on rows made up, if by more than rounding. One answer for all ranks:
+        under a closed gate they must wait for each other, or not, together."""
+        layer = self.gated[0]
+        mlp = self.dense[layer]
+        assert mlp is not None
+        x = torch.randn(4, mlp.gate_up.shape[1], dtype=mlp.gate_up.dtype, device=self.device)
+        need, out = torch.ones(1, dtype=torch.int32, device=self.device), torch.empty_like(x)
+        mlp.few(x, out, need)
+        off = relative(mlp.reduce(out), self.layers[layer].mlp.forward(x))
+        good = mlp.reduce(torch.full((1,), float(off < 2e-2), device=self.device))
+        return None if float(good) == mlp.parallel else f"the kernels miss vLLM's own MLP by {off:.2g}"
 
     def join_norms(self) -> None:
         if self.capture is None or self.capture.mode != "routers":
@@ -102,7 +128,7 @@ class DeviceSession(Session):
         except RuntimeError as error:
             log.warning("sedac: rows are not packed in steps without a graph: %s", str(error).splitlines()[0])
             return False
-        off = float((got - expected).float().norm() / expected.float().norm().clamp_min(1e-9))
+        off = relative(got, expected)
         if not off < 2e-2:
             log.warning("sedac: rows are not packed in steps without a graph: the grouped product is off by %.2g", off)
         return off < 2e-2
@@ -274,3 +300,7 @@ class DeviceSession(Session):
         self.ran.zero_()
         if self.capture is not None:
             self.capture.ran.zero_()
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).float().norm() / expected.float().norm().clamp_min(1e-9))

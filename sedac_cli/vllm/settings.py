@@ -44,8 +44,8 @@ class Settings(BaseModel):
     protect_last: int | None = Field(None, ge=0)
     phase: Literal["both", "decode", "prefill"] | None = None
     seed: int = 0
-    mlp: Literal["nodes", "kernels"] = "nodes"
-    """How a gated MLP is run inside a CUDA graph."""
+    mlp: Literal["auto", "nodes", "kernels"] = "auto"
+    """How a gated MLP is run inside a CUDA graph. `auto`: by kernels on the chips they were measured on, where its weights lie open."""
     given: list[str] = []
     """Names that were set rather than left at their default."""
     version: str = __version__

@@ -9,6 +9,7 @@ from mlps import LAYERS, make_layers
 from torch import nn
 
 from sedac_cli.errors import InputError
+from sedac_cli.gates.soft import SoftGate
 from sedac_cli.vllm.dense_mlp import DenseMlp
 from sedac_cli.vllm.device import DeviceSession
 from sedac_cli.vllm.forced import ForcedGate
@@ -39,12 +40,32 @@ def test_one_with_adapters_stays_vllms(wrapped):
     assert (DenseMlp.of(layer.mlp) is None) == bool(wrapped)
 
 
-def test_kernels_say_that_adapters_are_in_the_way():
+def answers(none=None, unmeasured=None, other=None):
+    """A session that gives these reasons against kernels."""
+    return SimpleNamespace(
+        gated=[0], no_kernels=lambda: none, not_measured=lambda: unmeasured, other_results=lambda: other
+    )  # fmt: skip
+
+
+def test_kernels_say_what_is_in_the_way():
     session = SimpleNamespace(
         gate=ForcedGate(LAYERS, []), dense={0: None}, adapted={0}, layers={0: make_layers()[0]}
     )  # fmt: skip
-    with pytest.raises(InputError, match="layer 0 has a Mlp that has adapters"):
-        DeviceSession.check_kernels(session)
+    assert DeviceSession.no_kernels(session).endswith("the Mlp of layer 0 has adapters")
     session.adapted = set()
-    with pytest.raises(InputError, match="layer 0 has a Mlp that is not"):
-        DeviceSession.check_kernels(session)
+    assert DeviceSession.no_kernels(session).endswith("the Mlp of layer 0 is not one")
+    session.gate = SoftGate.__new__(SoftGate)
+    assert "soft" in DeviceSession.no_kernels(session)
+    with pytest.raises(InputError, match="SEDAC_MLP=kernels: this stands in the way"):
+        DeviceSession.wants_kernels(answers("this stands in the way"), "kernels")
+
+
+@pytest.mark.parametrize("reason", ["none", "unmeasured", "other"])
+def test_unasked_kernels_run_where_nothing_speaks_against_them(reason, caplog):
+    caplog.set_level("INFO", logger="vllm.sedac")
+    assert DeviceSession.wants_kernels(answers(), "auto")
+    assert not caplog.records
+    assert not DeviceSession.wants_kernels(answers(**{reason: "for this reason"}), "auto")
+    assert "conditional nodes: for this reason" in caplog.text
+    assert DeviceSession.wants_kernels(answers(**{reason: "whatever"} if reason != "none" else {}), "kernels")
+    assert not DeviceSession.wants_kernels(answers(), "nodes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mlps import LAYERS, WIDTH, by_hand, make_layers, normed, routers, rows, run_layers, standins
+from mlps import LAYERS, WIDTH, Mlp, by_hand, make_layers, normed, routers, rows, run_layers, standins
 
 from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.base import Guards
@@ -38,6 +38,18 @@ def make_session(gate, standin=None, mlp="nodes", full=True, joined=True, layers
     session.norm_forward = {i: norm.module.forward for i, norm in session.norms.items()}
     session.capture.whole = lambda: full
     return session, layers
+
+
+def test_unasked_kernels_are_chosen_where_they_give_what_the_mlp_gives():
+    hopper = torch.cuda.get_device_capability()[0] == 9
+    session, layers = make_session(ForcedGate(LAYERS, []), mlp="auto")
+    assert session.use_kernels == hopper
+    assert session.other_results() is None
+    layers = make_layers("cuda")
+    layers[0].mlp.forward = lambda x: Mlp.forward(layers[0].mlp, x) * 1.1  # looks like one of two matrices, and is not
+    session, _ = make_session(ForcedGate(LAYERS, []), mlp="auto", layers=layers)
+    assert not session.use_kernels
+    assert session.other_results() == "the kernels miss vLLM's own MLP by 0.091"
 
 
 def capture(session, layers, x):

@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
   const volatile int* flag = need;
   auto closed = [](int value) { return value == 0; };
   bool instead = false;
-  if (need && standing == 1) {
+  if (!RACES && need && standing == 1) {
     int now = *flag;
     if (now == PENDING) {
       settle();
@@ -319,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
   if (instead || (RACES && !known && closed(*flag))) {
     copy_async_wait<0>();
     const Other other = {other_w, other_bias, other_n, other_k};
-    otherwise<NT>(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)dynamic);
+    otherwise(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)dynamic);
   }
 #endif
 }

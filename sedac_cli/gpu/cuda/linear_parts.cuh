@@ -26,10 +26,12 @@ __device__ __forceinline__ void wait_for(const int* counter, int value) {
 
 
 #if OTHER
+#define AT_ONCE 4  // loads of each operand on their way to a lane
+
 // One matrix: y = act(x W^T + b) (+ residual). What a launch does instead if its flag is against it, so that a stand-in is no launch
-// of its own. Latency is all that counts: eight rows of W at most are a piece of work, `share` warps of a block divide its k, and
-// the tensor cores take 32 of k at a time, in any order both sides agree on (skinny.cu). NX times 8 rows of x at once, which may lie
-// in shared memory; `parts` has 32 NX float2 a warp. A call, so that it costs those who do not come here no registers.
+// of its own. Latency is all that counts: a piece of work is up to eight rows of W by eight of x, all of which is asked for at once
+// by `share` warps of a block; the tensor cores take 32 of k at a time, in any order both sides agree on (skinny.cu). x may lie in
+// shared memory; `parts` has 32 float2 a warp. A call, so that it costs those who do not come here no registers.
 struct Other {
   const raw *w, *bias;
   int n, k;
@@ -41,65 +43,67 @@ __device__ __forceinline__ void bring_nearer(const raw* w, i64 size) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(w + i));
 }
 
-template <int NX>
 __device__ __noinline__ void otherwise(
     Other other, const raw* x, i64 x_stride, int m, const raw* residual, i64 r_stride, raw* out, i64 out_stride, float2* parts) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
-  const int steps = (other.k + 31) / 32;
+  const int steps = (other.k + 31) / 32, eights = (m + 7) / 8;
   int share = 1;
-  while (share < warps && share < steps) share *= 2;
-  const int groups = warps / share, part = warp % share, pieces = groups * gridDim.x;
-  const int rows = min(8, (other.n + pieces - 1) / pieces);
+  while (share < warps && share * AT_ONCE < steps) share *= 2;
+  const int groups = warps / share, part = warp % share, together = groups * gridDim.x;
+  // Rows of W a piece: few enough for all blocks to have one, but x is read for each piece again.
+  const int rows = min(8, max((other.n * eights + together - 1) / together, min(m, 8) / 2));
+  const int pieces = (other.n + rows - 1) / rows * eights;
   __syncthreads();  // what `parts` held has been read
-  for (int first = rows * groups * blockIdx.x; first < other.n; first += rows * pieces) {
-    const int at = first + rows * (warp / share);
-    const bool there = g < rows && at + g < other.n;
-    const raw* row = other.w + (i64)(there ? at + g : 0) * other.k + t * 8;
-    float sum[NX][4] = {};
-#pragma unroll(8 / NX)
-    for (int step = part; step < steps; step += share) {
-      const bool inside = step * 32 + t * 8 < other.k;
-      const uint4 none = make_uint4(0, 0, 0, 0);
-      const uint4 w = there && inside ? __ldg((const uint4*)(row + step * 32)) : none;
-      uint4 q[NX];
+  for (int first = groups * blockIdx.x; first < pieces; first += together) {
+    const int piece = first + warp / share, top = piece % eights * 8, at = piece / eights * rows + g;
+    const bool wanted = piece < pieces && g < rows && at < other.n, given = piece < pieces && top + g < m;
+    const raw *from = other.w + (i64)at * other.k + t * 8, *beside = x + (top + g) * x_stride + t * 8;
+    const uint4 none = make_uint4(0, 0, 0, 0);
+    float sum[4] = {};
+    for (int step = part; step < steps; step += AT_ONCE * share) {
+      uint4 w[AT_ONCE], q[AT_ONCE];
 #pragma unroll
-      for (int c = 0; c < NX; ++c) {
-        const uint4* from = (const uint4*)(x + (c * 8 + g) * x_stride + step * 32 + t * 8);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const int in = step + i * share;
+        const bool inside = in * 32 + t * 8 < other.k;
+        w[i] = wanted && inside ? __ldg((const uint4*)(from + in * 32)) : none;
 #if RACES && !XS
-        q[c] = c * 8 + g < m && inside ? __ldcg(from) : none;  // this block's own cache may be old
+        q[i] = given && inside ? __ldcg((const uint4*)(beside + in * 32)) : none;  // this block's own cache may be old
 #else
-        q[c] = c * 8 + g < m && inside ? *from : none;
+        q[i] = given && inside ? *(const uint4*)(beside + in * 32) : none;
 #endif
       }
-      const u32 low[4] = {w.x, 0, w.y, 0}, high[4] = {w.z, 0, w.w, 0};
 #pragma unroll
-      for (int c = 0; c < NX; ++c) {
-        mma_16x8x16<T>(sum[c], low, q[c].x, q[c].y);
-        mma_16x8x16<T>(sum[c], high, q[c].z, q[c].w);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const u32 low[4] = {w[i].x, 0, w[i].y, 0}, high[4] = {w[i].z, 0, w[i].w, 0};
+        mma_16x8x16<T>(sum, low, q[i].x, q[i].y);
+        mma_16x8x16<T>(sum, high, q[i].z, q[i].w);
       }
     }
-    // A lane has row g of the piece, rows 2 t and 2 t + 1 of each eight of x.
-#pragma unroll
-    for (int c = 0; c < NX; ++c) parts[(warp * NX + c) * 32 + lane] = make_float2(sum[c][0], sum[c][1]);
-    __syncthreads();
-    for (int c = part; there && c < NX; c += share) {
-      float value[2] = {};
-      for (int v = 0; v < share; ++v) {
-        const float2 of = parts[((warp / share * share + v) * NX + c) * 32 + lane];
-        value[0] += of.x, value[1] += of.y;
-      }
-      const float bias = other.bias ? widen<T>(other.bias[at + g]) : 0.0f;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int r = c * 8 + t * 2 + e;
-        if (r >= m) continue;
-        float y = value[e] + bias;
-        if (OTHER > 1) y = activate<OTHER - 1>(rounded(y));
-        if (residual) y = widen<T>(residual[r * r_stride + at + g]) + rounded(y);
-        out[r * out_stride + at + g] = narrow<T>(y);
-      }
+    // A lane has row g of the piece, and rows 2 t and 2 t + 1 of x.
+    float value[2] = {sum[0], sum[1]};
+    if (share > 1) {
+      parts[threadIdx.x] = make_float2(sum[0], sum[1]);
+      __syncthreads();
+      value[0] = value[1] = 0.0f;
+      if (part == 0)
+        for (int v = 0; v < share; ++v) {
+          const float2 of = parts[threadIdx.x + v * 32];
+          value[0] += of.x, value[1] += of.y;
+        }
+      __syncthreads();
     }
-    __syncthreads();
+    if (part || !wanted) continue;
+    const float bias = other.bias ? widen<T>(other.bias[at]) : 0.0f;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int r = top + t * 2 + e;
+      if (r >= m) continue;
+      float y = value[e] + bias;
+      if (OTHER > 1) y = activate<OTHER - 1>(rounded(y));
+      if (residual) y = widen<T>(residual[r * r_stride + at]) + rounded(y);
+      out[r * out_stride + at] = narrow<T>(y);
+    }
   }
 }
 #endif

@@ -23,6 +23,11 @@
 #define MT (GATED ? 2 : TILES)
 #define AHEAD (!LOOP)  // one element of the output a thread, known before the sums
 #define RING (STAGES * MT * 2 * THREADS * 16)
+#if OTHER
+#define BOUNDS THREADS, 1 + 512 / THREADS  // as many blocks at a time as without: the call must not take their registers
+#else
+#define BOUNDS THREADS
+#endif
 #define HELD (512 / THREADS)  // vectors of the norm's weight that a thread has in registers
 
 // The 16-row tiles of one item of work: of which matrix, and where their output columns start.
@@ -54,7 +59,7 @@ __device__ __forceinline__ Item item_of(
   return item;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) skinny(
+extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
     int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one,
@@ -62,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   const volatile int* flag = need;
   auto closed = [](int value) { return value == 0; };
   bool instead = false;
-  if (need && standing == 1) {
+  if (!RACES && need && standing == 1) {
     int now = *flag;
     if (now == PENDING) {
       settle();
@@ -290,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     const i64 apart = x_stride;
 #endif
     const Other other = {other_w, other_bias, other_n, other_k};
-    otherwise<1>(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)partial);
+    otherwise(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)partial);
   }
 #endif
 }
