@@ -1,7 +1,8 @@
 """MLPs of few rows in a captured pass: launches that a flag on the device stops, where more rows take nodes.
 
-A trained stand-in is what the MLP's launches do when the flag is against them: one of the two is always written, so nobody clears the
-output.
+A trained stand-in is what the MLP's launches do when the flag is against them: one of the two is always written, so nobody clears
+the output.
+
 Under a router an MLP's first launch begins before the decision: all flags are PENDING from the beginning of the step, and what
 the router writes is memory of its own, for the MLP's may be given out while the router still runs. Where the router is one launch
 with the norm, a counter says that the MLP's rows are there, and what that launch reads nobody needs once it has said so. Only
@@ -51,7 +52,7 @@ class FewRows:
             self.memory = score, run, max(sizes, key=Tensor.numel)
 
     def known(self) -> LowRankStandIns | ZeroStandIn:
-        """The stand-ins that this rank runs as launches: all ranks' outputs are summed, so one rank has them. They come to the
+        """The stand-ins in this rank's launches: all ranks' outputs are summed, so one rank has them. They come to the
         device here, so that steps without a graph read the same memory."""
         session, standin = self.session, self.session.standin
         if type(standin) is not LowRankStandIns:
