@@ -1,10 +1,11 @@
 """Linear layers for few rows: the weights are read once at the speed of memory, and a gate can stop the launch on the device.
 
 Rows 1..64, float16 and bfloat16, a hidden width divisible by 8; up to 8 rows go through cuda/skinny.cu, more through cuda/batch.cu.
-`need` (int32, one entry, on the device) makes the launch conditional: it works iff need != 0. `settled`: the launch just ahead does not write `need`, so weights may be asked for before it has ended. What is not
-computed is not touched, so a gated MLP that adds to the residual in place costs nothing when it is skipped. `other`: what such a
-launch computes when it is not needed; a stand-in is then no launch of its own. `norm`: x goes through this RMSNorm first, within
-the launch where its rows fit in shared memory.
+`need` (int32, one entry, on the device) makes the launch conditional: it works iff need != 0. `settled`: the launch just ahead
+does not write `need`, so weights may be asked for before it has ended. What is not computed is not touched, so a gated MLP that
+adds to the residual in place costs nothing when it is skipped. `other`: what such a launch computes when it is not needed; a
+stand-in is then no launch of its own. `norm`: x goes through this RMSNorm first, within the launch where its rows fit in shared
+memory.
 
     y = skinny_linear(x, [q, k, v], [bq, bk, bv], norm=(weight, 1e-6, False))
     z = skinny_gated(x, gate, up, "silu", need=flag)
