@@ -3,8 +3,8 @@
     python benchmarks/gpu_engine.py --out benchmarks/results/gpu_engine.json [--shape qwen2.5-7b] [--batch 1,8,32] [--trace DIR]
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
-same run. Cases are interleaved round by round, every sample is kept. Gates that are learned have random routers with the limit
-set so that everything runs: what deciding costs, not what it saves.
+same run. Cases are interleaved round by round, every sample is kept. Learned gates have routers whose outcome is known, everything
+on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from sedac_cli.runtime.graph import GraphEngine  # noqa: E402
 from sedac_cli.runtime.plan import Plan, make_plan  # noqa: E402
 from sedac_cli.shapes import shaped_model  # noqa: E402
 from sedac_cli.standins import ZeroStandIn  # noqa: E402
+from sedac_cli.standins.lowrank import LowRank, LowRankStandIns  # noqa: E402
 
-PLACES = 1024
+PLACES, RANK = 1024, 192
 
 
 def read_bandwidth() -> float:
@@ -55,11 +56,13 @@ def weight_bytes(loaded) -> tuple[int, list[int]]:
 
 
 class Case:
-    """An engine with one captured burst, and the flags it runs under."""
+    """An engine with one captured burst. `flags`: what it is forced to; `on`: the layers whose MLP runs, if not all."""
 
-    def __init__(self, name: str, engine: GraphEngine, flags: list[int] | None, context: int):
-        self.name, self.engine, self.flags = name, engine, flags
-        self.context = context
+    def __init__(
+        self, name: str, engine: GraphEngine, flags: list[int] | None, context: int, on: list[int] | None = None
+    ):
+        self.name, self.engine, self.flags, self.context = name, engine, flags, context
+        self.on = flags or on or [1] * engine.program.num_layers
         self.samples: list[float] = []
 
     def prepare(self) -> None:
@@ -90,14 +93,32 @@ class Case:
         return statistics.median(self.samples)
 
 
-def deciding(loaded) -> dict[str, Plan]:
+def flags_with(layers: int, share: int) -> list[int]:
+    """Flags with a share off, evenly: every fourth, every second layer."""
+    return [0 if (i + 1) * share // 100 > i * share // 100 else 1 for i in range(layers)]
+
+
+def learned(loaded, share: int, stands_in: bool) -> Plan:
     layers, width = loaded.decoder.num_layers, loaded.decoder.hidden_size
     routers = {i: Router(width, 16).requires_grad_(False) for i in range(layers)}
+    for router, on in zip(routers.values(), flags_with(layers, share), strict=True):
+        router.bias.fill_(-1.0 if on else 1.0)
+    pairs = {i: LowRank(width, RANK).requires_grad_(False) for i in range(layers)} if stands_in else {}
+    return Plan(LearnedGate(layers, routers, 0.0), LowRankStandIns(pairs) if pairs else ZeroStandIn())
+
+
+def deciding(loaded) -> dict[str, tuple[Plan, list[int]]]:
+    """By name, with the layers that stay on."""
+    layers, width = loaded.decoder.num_layers, loaded.decoder.hidden_size
     probes = {i: LREProbe(width, 64).requires_grad_(False) for i in (layers // 4, layers // 2, 3 * layers // 4)}
-    return {
-        "learned gate deciding, all on": Plan(LearnedGate(layers, routers, 1e9), ZeroStandIn()),
-        "cascade deciding, all on": Plan(CascadeGate(layers, probes, dict.fromkeys(probes, 0.0)), ZeroStandIn()),
-    }
+    cascade = Plan(CascadeGate(layers, probes, dict.fromkeys(probes, 0.0)), ZeroStandIn())
+    found = {"cascade deciding, all on": (cascade, flags_with(layers, 0))}
+    for share, stands_in in ((0, False), (0, True), (25, False), (25, True)):
+        name = (
+            f"learned gate{' with stand-ins' if stands_in else ''} deciding, {f'{share} % off' if share else 'all on'}"
+        )
+        found[name] = learned(loaded, share, stands_in), flags_with(layers, share)
+    return found
 
 
 def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> list[dict]:
@@ -109,13 +130,10 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
     keys = sum(2 * k[0, :, 0].numel() * k.element_size() * batch * (context + 1) for k, _ in plain.cache.layers)
     cases = [Case("ungated", plain, None, context)]
     for share in (0, 25, 50, 100):
-        # Spread evenly: every fourth, every second layer.
-        flags = [0 if (i + 1) * share // 100 > i * share // 100 else 1 for i in range(layers)]
-        cases.append(Case(f"{share} % of MLPs off", forced, flags, context))
-    engines = {
-        name: GraphEngine(loaded, plan, batch=batch, max_length=PLACES) for name, plan in deciding(loaded).items()
-    }
-    cases += [Case(name, engine, None, context) for name, engine in engines.items()]
+        cases.append(Case(f"{share} % of MLPs off", forced, flags_with(layers, share), context))
+    for name, (plan, on) in deciding(loaded).items():
+        engine = GraphEngine(loaded, plan, batch=batch, max_length=PLACES)
+        cases.append(Case(name, engine, None, context, on))
     for case in cases:
         case.prepare()
     for _ in range(rounds):
@@ -123,7 +141,7 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
             case.time()
     lines = []
     for case in cases:
-        read = rest + keys + sum(size for i, size in enumerate(mlps) if case.flags is None or case.flags[i])
+        read = rest + keys + sum(size for size, on in zip(mlps, case.on, strict=True) if on)
         floor = read / bandwidth * 1e3
         lines.append(
             {
@@ -134,7 +152,7 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
         )  # fmt: skip
         spread = f"{min(case.samples):.3f}..{max(case.samples):.3f}"
         print(
-            f"  batch {batch:3} {case.name:32} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
+            f"  batch {batch:3} {case.name:44} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
             f"{cases[0].ms / case.ms:5.2f}x ungated",
             flush=True,
         )
@@ -155,7 +173,7 @@ def eager_note(loaded, context: int) -> float:
 
 def trace(loaded, folder: Path) -> dict:
     """What the host does while three bursts run, by the profiler: launches of graphs, and anything that waits."""
-    plan = deciding(loaded)["learned gate deciding, all on"]
+    plan = learned(loaded, 0, False)
     case = Case("traced", GraphEngine(loaded, plan, batch=1, max_length=PLACES), None, 64)
     case.prepare()
     case.time()
