@@ -52,6 +52,10 @@ class Other:
     activation: str = "none"
 
 
+Others = tuple[Other, Other] | tuple[None, None]
+"""For the two launches of an MLP."""
+
+
 def skinny_constants(
     element: int,
     gated: bool,

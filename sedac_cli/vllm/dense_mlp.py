@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.gpu.packed import activate_rows, grouped
-from sedac_cli.gpu.skinny import Other, skinny_gated, skinny_linear
+from sedac_cli.gpu.skinny import Others, skinny_gated, skinny_linear
 from sedac_cli.vllm.surgery import adapted
 
 ACTIVATIONS = {"SiluAndMul": "silu", "GeluAndMul": "gelu"}
@@ -74,7 +74,7 @@ class DenseMlp:
         settled: bool = False,
         racing: bool = False,
         ready: tuple[Tensor, int] | None = None,
-        others: tuple[Other, Other] | tuple[None, None] = (None, None),
+        others: Others = (None, None),
     ) -> None:
         """A few rows into `out`, unless the flag is 0: then what the two of `others` make of them, or nothing is written.
         `settled`: the launch just ahead does not write the flag. `racing`: it does, the flag was PENDING before it, and x was there before it, or is there once the counter of

@@ -1,8 +1,7 @@
 """A decode step of a standard model, by the decode kernels: five launches a layer, and what a gate closes ends at once.
 
 A launch that hangs on a flag and is not needed leaves the residual stream alone, which is what a skipped MLP is, or does the
-stand-in's part. Where more
-rows make cuBLAS the faster way, MLP and stand-in are the two branches of a conditional node instead.
+stand-in's part. Where more rows make cuBLAS the faster way, MLP and stand-in are the two branches of a conditional node instead.
 
     step = FusedStep(loaded.decoder, standard, plan.standin, cache, program)
     logits = step(state)                        # [rows, vocabulary]
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError
-from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS, Other
+from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS, Others
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Entry, Program
@@ -24,7 +23,7 @@ from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn
 from sedac_cli.structure import Decoder
 
-NEITHER: tuple[None, None] = (None, None)
+NEITHER: Others = (None, None)
 
 
 class FusedStep:
@@ -72,10 +71,7 @@ class FusedStep:
             otherwise = (lambda: self.instead(index, entry, h)) if index in self.standins else None
             self.either(need, lambda: self.run(layer, entry, h), otherwise)
 
-    def run(
-        self, layer: Layer, entry: Entry, h: Tensor, need: Tensor | None = None,
-        others: tuple[Other, Other] | tuple[None, None] = NEITHER,
-    ) -> None:  # fmt: skip
+    def run(self, layer: Layer, entry: Entry, h: Tensor, need: Tensor | None = None, others: Others = NEITHER) -> None:
         """With a flag that is 0 the launches do what is in `others`."""
         z = self.ops.gated(
             entry.x, layer.gate, layer.up, layer.activation, layer.mlp_biases, need=need, settled=entry.settled,

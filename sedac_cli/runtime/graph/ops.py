@@ -80,17 +80,8 @@ class KernelOps:
         other: Other | None = None,
     ) -> Tensor:  # fmt: skip
         return skinny.skinny_gated(
-            x,
-            gate,
-            up,
-            activation,
-            biases=biases,
-            need=need,
-            settled=settled,
-            ready=ready,
-            norm=_parts(norm),
-            other=other,
-        )
+            x, gate, up, activation, biases=biases, need=need, settled=settled, ready=ready, norm=_parts(norm), other=other,
+        )  # fmt: skip
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         return decode.rms_norm(x, norm.weight, norm.eps, norm.plus_one)

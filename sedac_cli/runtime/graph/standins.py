@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError
-from sedac_cli.gpu.skinny import Other
+from sedac_cli.gpu.skinny import Other, Others
 from sedac_cli.runtime.graph.standard import Linear, Norm
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -41,7 +41,7 @@ class LinearStandIns:
     def __contains__(self, layer: int) -> bool:
         return layer in self.pairs
 
-    def instead(self, layer: int) -> tuple[Other, Other] | tuple[None, None]:
+    def instead(self, layer: int) -> Others:
         """What the launches of a gated MLP do when their flag is against them."""
         if layer not in self.pairs:
             return None, None
