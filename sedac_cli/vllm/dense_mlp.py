@@ -77,8 +77,8 @@ class DenseMlp:
         others: Others = (None, None),
     ) -> None:
         """A few rows into `out`, unless the flag is 0: then what the two of `others` make of them, or nothing is written.
-        `settled`: the launch just ahead does not write the flag. `racing`: it does, the flag was PENDING before it, and x was there before it, or is there once the counter of
-        `ready` has that value: nobody waits for the decision."""
+        `settled`: the launch just ahead does not write the flag. `racing`: it does, the flag was PENDING before it, and x was
+        there before it, or is there once the counter of `ready` has that value: nobody waits for the decision."""
         inner = self.gate_up.shape[0] // 2
         gate, up = self.gate_up[:inner], self.gate_up[inner:]
         z = skinny_gated(

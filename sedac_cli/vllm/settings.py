@@ -45,7 +45,7 @@ class Settings(BaseModel):
     phase: Literal["both", "decode", "prefill"] | None = None
     seed: int = 0
     mlp: Literal["auto", "nodes", "kernels"] = "auto"
-    """How a gated MLP is run inside a CUDA graph. `auto`: by kernels on the chips they were measured on, where its weights lie open."""
+    """How a gated MLP is run inside a CUDA graph. `auto`: by kernels on Hopper, where its weights lie open."""
     given: list[str] = []
     """Names that were set rather than left at their default."""
     version: str = __version__
