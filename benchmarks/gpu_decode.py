@@ -229,7 +229,12 @@ def main() -> int:
     prefill(bench)
     table(bench)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cupy": cupy.__version__}
-    facts = {"machine": machine, "copy_gb_per_s": bench.bandwidth, "read_gb_per_s": bench.read_bandwidth}
+    facts = {
+        "command": " ".join(sys.argv),
+        "machine": machine,
+        "copy_gb_per_s": bench.bandwidth,
+        "read_gb_per_s": bench.read_bandwidth,
+    }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps(facts | {"microseconds": [asdict(line) for line in bench.lines]}, indent=1))
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sedac_cli.gpu.batch import SHAPES
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
-from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_slice
+from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_constants
 from sedac_cli.gpu.entropy import FEW, MANY
 from sedac_cli.gpu.probe import FOUR, ROUTER_SLICE, TWO, shared_bytes
 from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
@@ -83,9 +83,12 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                 "attend",
                 attend_constants(t, Heads(group, 1, size, size, 1.0), 1, places, 132, shared * 1024, clusters),
             )
-    for t, units, rows, added in product(range(3), (8, 24, 72), (1, 32), ({}, {"RESIDUAL": 1})):
-        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units} | added
-        yield "norm_route", {"T": t, "SLICE": norm_route_slice(rows), "UNITS": units} | added | {"SET_CONDITION": 1}
+    for t, units, rows, clusters, added in product(
+        range(3), (7, 16, 64), (1, 32), (False, True), ({}, {"RESIDUAL": 1})
+    ):
+        made = norm_route_constants(t, units, rows, 3584, clusters) | added
+        yield "norm_route", made
+        yield "norm_route", made | {"SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}

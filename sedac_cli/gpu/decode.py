@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.compile import F32, I32, I64, counters, device_index, kind, launch, properties
+from sedac_cli.gpu.compile import F32, I32, I64, PORTABLE_CLUSTER, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.probe import MAX_UNITS, Handles, RouterWeights
 from sedac_cli.gpu.tensors import MASK, Number, flat, number
 
@@ -188,14 +188,21 @@ def attend(
     return out
 
 
-def norm_route_slice(rows: int) -> int:
-    """Elements of a row that a block of norm_route multiplies with the router."""
-    return 512 if rows <= 8 else 768
+def norm_route_slice(rows: int, width: int) -> int:
+    """Elements of a row that a block of norm_route multiplies with the router. Most widths then make a cluster."""
+    return 512 if rows <= 8 and width <= 512 * PORTABLE_CLUSTER else 768
 
 
 def norm_route_parts(rows: int, width: int) -> int:
     """Blocks that write the normed rows."""
-    return rows * -(-width // norm_route_slice(rows))
+    return rows * -(-width // norm_route_slice(rows, width))
+
+
+def norm_route_constants(element: int, units: int, rows: int, width: int, clusters: bool) -> dict[str, int]:
+    """With clusters the blocks of a row are one, where so many may be."""
+    constants = {"T": element, "SLICE": norm_route_slice(rows, width), "UNITS": -(-(1 + units) // 8) * 8}
+    parts = norm_route_parts(rows, width) // rows
+    return constants | ({"CLUSTERED": 1, "SPLITS": parts} if clusters and 1 < parts <= PORTABLE_CLUSTER else {})
 
 
 def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
@@ -235,12 +242,13 @@ def norm_route(
     score, run = decided or (
         torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
     )  # fmt: skip
-    size = norm_route_slice(rows)
-    constants = {"T": kind(x, "x"), "SLICE": size, "UNITS": -(-(1 + router.units) // 8) * 8} | _residual(residual)
+    clusters = properties(device_index(x.device)).major >= 9
+    constants = norm_route_constants(kind(x, "x"), router.units, rows, width, clusters) | _residual(residual)
     if arm is not None:
         constants["SET_CONDITION"] = 1
     launch(
-        "norm_route", "norm_route", constants, x.device, early=arm is None, grid=(-(-width // size), rows), threads=256,
+        "norm_route", "norm_route", constants, x.device, early=arm is None,
+        grid=(norm_route_parts(rows, width) // rows, rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
             out, I64(out.stride(0)), *_sum_args(x, residual, total), router.matrix, I32(router.matrix.shape[1]), router.outer,

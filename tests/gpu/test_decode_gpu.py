@@ -125,7 +125,7 @@ def test_a_launch_does_the_other_work_when_it_is_not_needed(dtype, rows, width, 
             assert torch.equal(z[:, :size], skinny_gated(x, gate, up, "silu", norm=norm))
 
 
-@pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400)])
+@pytest.mark.parametrize(("width", "size"), [(3584, 18944), (1024, 2816), (136, 400), (8192, 400)])
 @pytest.mark.parametrize("rows", [1, 8, 13, 32, 64])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("rank", [0, 72])
@@ -295,7 +295,7 @@ def test_norm_and_router_in_one(dtype, rows, width, units):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (3, 8192), (2, 12304)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (4, 5120), (3, 8192), (2, 12304)])
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("gap", [0, 5])
 def test_a_sum_is_routed_as_if_it_had_been_written_first(dtype, rows, width, plus_one, gap):

@@ -112,6 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     if (ask_tile < tiles) look_at(ask_tile);
   };
   const int first_step = ask_step;
+#if OTHER && RACES
+  bring_nearer(other_w, (i64)other_n * other_k);  // behind the first weights it would come late
+#endif
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i)
     if (begin + i < end) {
@@ -313,13 +316,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
         for (int j = 0; j < 4; ++j) sum[i][c][j] = 0.0f;
     if (step == steps) step = 0, ++tile;
   }
-  if (RACES) settle();  // who comes after this launch may count on the flag
+  // Who comes after this launch may count on the flag.
+  if (RACES && !(OTHER && instead)) settle();
 #if OTHER
   // A block may have come to its end before the decision.
   if (instead || (RACES && !known && closed(*flag))) {
     copy_async_wait<0>();
     const Other other = {other_w, other_bias, other_n, other_k};
     otherwise(other, GATED ? x : x + k, x_stride, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)dynamic);
+    if (RACES) settle();
   }
 #endif
 }

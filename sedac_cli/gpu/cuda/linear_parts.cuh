@@ -26,7 +26,12 @@ __device__ __forceinline__ void wait_for(const int* counter, int value) {
 
 
 #if OTHER
-#define AT_ONCE 4  // loads of each operand on their way to a lane
+// Loads of each operand on their way to a lane. Fewer where skinny.cu asks for x too: registers that went to memory cost more.
+#if defined(XS) && !XS
+#define AT_ONCE 3
+#else
+#define AT_ONCE 4
+#endif
 
 // One matrix: y = act(x W^T + b) (+ residual). What a launch does instead if its flag is against it, so that a stand-in is no launch
 // of its own. Latency is all that counts: a piece of work is up to eight rows of W by eight of x, all of which is asked for at once
@@ -59,6 +64,15 @@ __device__ __noinline__ void otherwise(
     const bool wanted = piece < pieces && g < rows && at < other.n, given = piece < pieces && top + g < m;
     const raw *from = other.w + (i64)at * other.k + t * 8, *beside = x + (top + g) * x_stride + t * 8;
     const uint4 none = make_uint4(0, 0, 0, 0);
+    // What the last lines add is asked for here: from memory it would hold up the end.
+    float bias = 0.0f, before[2] = {};
+    if (part == 0 && wanted) {
+      if (other.bias) bias = widen<T>(other.bias[at]);
+      if (residual)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (top + t * 2 + e < m) before[e] = widen<T>(residual[(top + t * 2 + e) * r_stride + at]);
+    }
     float sum[4] = {};
     for (int step = part; step < steps; step += AT_ONCE * share) {
       uint4 w[AT_ONCE], q[AT_ONCE];
@@ -94,14 +108,13 @@ __device__ __noinline__ void otherwise(
       __syncthreads();
     }
     if (part || !wanted) continue;
-    const float bias = other.bias ? widen<T>(other.bias[at]) : 0.0f;
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int r = top + t * 2 + e;
       if (r >= m) continue;
       float y = value[e] + bias;
       if (OTHER > 1) y = activate<OTHER - 1>(rounded(y));
-      if (residual) y = widen<T>(residual[r * r_stride + at]) + rounded(y);
+      if (residual) y = before[e] + rounded(y);
       out[r * out_stride + at] = narrow<T>(y);
     }
   }

@@ -1,17 +1,24 @@
 // RMSNorm and the learned gate's router in one launch: y = norm(x), score = w . n + u . silu(V n) + c with n = layer_norm(y)
 // without weights, run = !(score > t). A block norms the whole row but writes, and multiplies with the router, only its
-// SLICE of it; the block that ends last of a row adds up. Sums of y and y^2 give layer_norm's mean and variance: y comes out
-// of an RMSNorm, so its mean is small against its deviation and nothing cancels.
+// SLICE of it. Sums of y and y^2 give layer_norm's mean and variance: y comes out of an RMSNorm, so its mean is small against its
+// deviation and nothing cancels. The block of a row that ends last adds up what the others have left in memory. In a cluster the
+// first is handed it: through memory a decision would wait behind the weights that the next launch asks for meanwhile.
 // `ready` counts the blocks whose part of y is there, for a launch that begins before the decision is made.
 // RESIDUAL: y = norm(x + residual), the sum rounded to T first and written to `sum_out`, slice by slice as y is. All blocks of a row
 // read both rows whole, so neither output may lie in an input's memory.
-// Constants: T, RESIDUAL (0, 1) and those of router_parts.cuh.
+// Constants: T, RESIDUAL (0, 1), CLUSTERED (1: the SPLITS blocks of a row are a cluster) and those of router_parts.cuh.
 
 #define HELD 2
 
 typedef Elem<T>::raw raw;
 
-extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
+#if CLUSTERED
+#define AS_CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define AS_CLUSTER
+#endif
+
+extern "C" __global__ void AS_CLUSTER __launch_bounds__(THREADS) norm_route(
     const raw* x, i64 x_stride, int width, const raw* weight, float eps, int plus_one, raw* out, i64 out_stride,
     const raw* residual, i64 r_stride, raw* sum_out, i64 sum_stride, const float* matrix, int padded, const float* outer,
     int units, const float* bias, float norm_eps, float* partial, u32* counter, const float* threshold_at, float threshold,
@@ -19,6 +26,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     int has_opposite, int* ready) {
   __shared__ __align__(16) float slice[SLICE];
   __shared__ float shared[32], products[UNITS + 2];
+#if CLUSTERED
+  __shared__ float parts[SPLITS][UNITS + 2];  // of the first block: what it is given
+  __shared__ __align__(8) u64 handed;
+  if (blockIdx.x == 0 && threadIdx.x == 0) expect_bytes(shared_address(&handed), sizeof(parts));
+  cluster_arrive();
+#endif
   const int row = blockIdx.y, from = blockIdx.x * SLICE, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   SliceWeights weights;
   weights.load(matrix, units, padded, from, warp, lane);
@@ -92,13 +105,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_route(
     __threadfence();
     atomicAdd(ready, 1);
   }
+#if CLUSTERED
+  cluster_wait();
+  const u32 there = address_in(shared_address(parts[blockIdx.x]), 0), told = address_in(shared_address(&handed), 0);
+  auto take = [&](int u, float v) { hand_over(there + u * 4, v, told); };
+#else
+  float* all = partial + (i64)row * gridDim.x * (UNITS + 2);
+  auto take = [&](int u, float v) { all[(i64)blockIdx.x * (UNITS + 2) + u] = v; };
+#endif
+  weights.multiply(slice, warp, lane, take);
   sum = block_sum(sum, shared);
   square = block_sum(square, shared);
-  float* mine = partial + ((i64)row * gridDim.x + blockIdx.x) * (UNITS + 2);
-  weights.multiply(slice, mine, warp, lane);
-  if (threadIdx.x == 0) mine[UNITS] = sum, mine[UNITS + 1] = square;
+  if (threadIdx.x == 0) take(UNITS, sum), take(UNITS + 1, square);
+#if CLUSTERED
+  if (blockIdx.x) return;
+  await_bytes(shared_address(&handed));
+  add_blocks(UNITS + 2, products, [&](int b, int u) { return parts[b][u]; });
+#else
   if (!arrive_last(counter + 1 + row, gridDim.x)) return;
-  add_blocks(partial + (i64)row * gridDim.x * (UNITS + 2), UNITS + 2, products);
+  add_blocks(UNITS + 2, products, [&](int b, int u) { return __ldcg(all + (i64)b * (UNITS + 2) + u); });
+#endif
   bool need = false;
   if (warp == 0) {
     const float mean = products[UNITS] / width, rate = rsqrtf(products[UNITS + 1] / width - mean * mean + norm_eps);

@@ -106,6 +106,24 @@ __device__ __forceinline__ float load_peer_float(u32 address, int block) {
                : "memory");
   return v;
 }
+
+// One block of a cluster is handed numbers by all: it says how many bytes, and waits until they are there. A barrier of the cluster,
+// which must lie between the saying and the first number, would also wait for all that its blocks have written to memory.
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;"
+               "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ u32 address_in(u32 address, int block) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+__device__ __forceinline__ void hand_over(u32 address, float v, u32 barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address), "f"(v), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void await_bytes(u32 barrier) {
+  asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0; @!done bra again; }" ::"r"(barrier) : "memory");
+}
 #endif
 
 #if CLUSTER

@@ -32,11 +32,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) router_few(
   square = block_sum(square, shared);
   // Of each slice: its products, its mean, and its squared deviations from that.
   float* mine = partial + ((i64)row * gridDim.x + blockIdx.x) * (UNITS + 2);
-  weights.multiply(slice, mine, warp, lane);
+  weights.multiply(slice, warp, lane, [&](int u, float v) { mine[u] = v; });
   if (threadIdx.x == 0) mine[UNITS] = center, mine[UNITS + 1] = square;
   if (!arrive_last(counter + 1 + row, gridDim.x)) return;
   const float* all = partial + (i64)row * gridDim.x * (UNITS + 2);
-  add_blocks(all, UNITS, products);
+  add_blocks(UNITS, products, [&](int b, int u) { return __ldcg(all + (i64)b * (UNITS + 2) + u); });
   bool need = false;
   if (warp == 0) {
     float mean = 0.0f, deviation = 0.0f;

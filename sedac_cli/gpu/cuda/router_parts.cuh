@@ -1,4 +1,4 @@
-// What the two launches share in which every block takes a slice of a row for the router, and the block that ends last adds up
+// What the two launches share in which every block takes a slice of a row for the router, and one of them adds up
 // (router_few.cu, norm_route.cu). Constants: SLICE (a multiple of 256), UNITS (1 + hidden units, padded to a multiple of 8).
 
 #define THREADS 256
@@ -21,7 +21,9 @@ struct SliceWeights {
     }
   }
 
-  __device__ __forceinline__ void multiply(const float* slice, float* products, int warp, int lane) const {
+  // `take(unit, product)`, by one lane each.
+  template <class Take>
+  __device__ __forceinline__ void multiply(const float* slice, int warp, int lane, Take take) const {
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       float dot = 0.0f;
@@ -31,7 +33,7 @@ struct SliceWeights {
         dot = fmaf(w[e][i].x, v.x, fmaf(w[e][i].y, v.y, fmaf(w[e][i].z, v.z, fmaf(w[e][i].w, v.w, dot))));
       }
       dot = warp_sum(dot);
-      if (lane == 0) products[warp + e * 8] = dot;
+      if (lane == 0) take(warp + e * 8, dot);
     }
   }
 };
@@ -68,12 +70,13 @@ struct OuterWeights {
   }
 };
 
-// The sums of `count` numbers that each block of a row has left, by the block that ended last.
-__device__ __forceinline__ void add_blocks(const float* row, int count, float* products) {
+// The sums of `count` numbers that each block of a row has left: `part(b, u)`.
+template <class Part>
+__device__ __forceinline__ void add_blocks(int count, float* products, Part part) {
   for (int u = threadIdx.x; u < count; u += THREADS) {
     float y = 0.0f;
 #pragma unroll 16
-    for (int b = 0; b < (int)gridDim.x; ++b) y += __ldcg(row + (i64)b * (UNITS + 2) + u);
+    for (int b = 0; b < (int)gridDim.x; ++b) y += part(b, u);
     products[u] = y;
   }
   __syncthreads();

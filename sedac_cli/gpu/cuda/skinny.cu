@@ -136,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   // What the last lines of an item add is asked for here: from memory it would hold up the end.
   float last_bias[MT] = {}, last_residual[MT] = {};
 #if AHEAD
-  if (threadIdx.x < 128) {
+  if (threadIdx.x < 128 && !(OTHER && instead)) {
     const int row = threadIdx.x % 32 % 4 * 2 + threadIdx.x / 32 % 2, in_tile = threadIdx.x % 32 / 4 + threadIdx.x / 64 * 8;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
@@ -282,11 +282,11 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     }
   }
   }
-  if (RACES) settle();  // who comes after this launch may count on the flag
+  // Who comes after this launch may count on the flag.
+  if (RACES && !(OTHER && instead)) settle();
 #if OTHER
   // A block may have come to its end before the decision.
   if (instead || (RACES && !known && closed(*flag))) {
-    copy_async_wait<0>();
 #if XS
     const raw* rows = (const raw*)here;
     const i64 apart = pitch / 2;
@@ -296,6 +296,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #endif
     const Other other = {other_w, other_bias, other_n, other_k};
     otherwise(other, rows, apart, m, residual, r_stride, GATED ? out + n0 : out, out_stride, (float2*)partial);
+    copy_async_wait<0>();  // what was on its way is waited for, not asked about
+    if (RACES) settle();
   }
 #endif
 }
