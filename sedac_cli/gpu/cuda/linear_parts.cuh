@@ -24,6 +24,12 @@ __device__ __forceinline__ void wait_for(const int* counter, int value) {
   while (now < value);
 }
 
+// Of a launch that may begin before x is there. What this multiprocessor's cache holds may then be older than x: an acquire, of
+// whatever it be, empties it.
+__device__ __forceinline__ void wait_to_race(const int* ready, int parts, const int* need) {
+  if (ready) wait_for(ready, parts);
+  else wait_for(need, PENDING);
+}
 
 #if OTHER
 // Loads of each operand on their way to a lane. Fewer where skinny.cu asks for x too: registers that went to memory cost more.
@@ -81,11 +87,7 @@ __device__ __noinline__ void otherwise(
         const int in = step + i * share;
         const bool inside = in * 32 + t * 8 < other.k;
         w[i] = wanted && inside ? __ldg((const uint4*)(from + in * 32)) : none;
-#if RACES && !XS
-        q[i] = given && inside ? __ldcg((const uint4*)(beside + in * 32)) : none;  // this block's own cache may be old
-#else
         q[i] = given && inside ? *(const uint4*)(beside + in * 32) : none;
-#endif
       }
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {

@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
   if (threadIdx.x == 0) {
     verdict = PENDING;
-    if (ready) wait_for(ready, parts);
+    wait_to_race(ready, parts, need);
   }
   __syncthreads();
 #else
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   for (int r = 0; r < m; ++r)
     for (int i = threadIdx.x * 8; i < used; i += THREADS * 8) {
       const uint4* from = (const uint4*)(x + r * x_stride + begin + i);
-      *(uint4*)(here + r * pitch + i * 2) = RACES ? __ldcg(from) : *from;  // a racing block's own cache may be old
+      *(uint4*)(here + r * pitch + i * 2) = RACES ? __ldcg(from) : *from;  // plain loads cost the racing form registers it lacks
     }
   __syncthreads();
 #endif
@@ -190,8 +190,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #if XS
     q = *(const uint4*)(here + g * pitch + at * 2);
 #else
-    const uint4* from = (const uint4*)(x + g * x_stride + at);
-    q = RACES ? __ldcg(from) : *from;
+    q = *(const uint4*)(x + g * x_stride + at);
 #endif
   };
 #pragma unroll
