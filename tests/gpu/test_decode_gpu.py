@@ -295,7 +295,9 @@ def test_norm_and_router_in_one(dtype, rows, width, units):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (4, 5120), (3, 8192), (2, 12304)])
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (4, 5120), (3, 8192), (2, 12304)]
+)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("gap", [0, 5])
 def test_a_sum_is_routed_as_if_it_had_been_written_first(dtype, rows, width, plus_one, gap):
