@@ -86,9 +86,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     for t, units, rows, clusters, added in product(
         range(3), (7, 16, 64), (1, 32), (False, True), ({}, {"RESIDUAL": 1})
     ):
-        made = norm_route_constants(t, units, rows, 3584, clusters) | added
-        yield "norm_route", made
-        yield "norm_route", made | {"SET_CONDITION": 1}
+        routed = norm_route_constants(t, units, rows, 3584, clusters) | added
+        yield "norm_route", routed
+        yield "norm_route", routed | {"SET_CONDITION": 1}
     for t in range(3):
         size, ranks = (8, 8) if t == 0 else (64, 0)
         yield "probe", {"T": t, "RP": 64, "ROWS": 1, "RANKS": 1, "PARTS": 1, "STAGES": 1, "SET_CONDITION": 1}
