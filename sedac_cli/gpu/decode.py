@@ -193,16 +193,21 @@ def norm_route_slice(rows: int, width: int) -> int:
     return 512 if rows <= 8 and width <= 512 * PORTABLE_CLUSTER else 768
 
 
+def norm_route_blocks(rows: int, width: int) -> int:
+    """Blocks of each row."""
+    return -(-width // norm_route_slice(rows, width))
+
+
 def norm_route_parts(rows: int, width: int) -> int:
     """Blocks that write the normed rows."""
-    return rows * -(-width // norm_route_slice(rows, width))
+    return rows * norm_route_blocks(rows, width)
 
 
 def norm_route_constants(element: int, units: int, rows: int, width: int, clusters: bool) -> dict[str, int]:
     """With clusters the blocks of a row are one, where so many may be."""
     constants = {"T": element, "SLICE": norm_route_slice(rows, width), "UNITS": -(-(1 + units) // 8) * 8}
-    parts = norm_route_parts(rows, width) // rows
-    return constants | ({"CLUSTERED": 1, "SPLITS": parts} if clusters and 1 < parts <= PORTABLE_CLUSTER else {})
+    blocks = norm_route_blocks(rows, width)
+    return constants | ({"CLUSTERED": 1, "SPLITS": blocks} if clusters and 1 < blocks <= PORTABLE_CLUSTER else {})
 
 
 def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
@@ -248,7 +253,7 @@ def norm_route(
         constants["SET_CONDITION"] = 1
     launch(
         "norm_route", "norm_route", constants, x.device, early=arm is None,
-        grid=(norm_route_parts(rows, width) // rows, rows), threads=256,
+        grid=(norm_route_blocks(rows, width), rows), threads=256,
         args=[
             x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
             out, I64(out.stride(0)), *_sum_args(x, residual, total), router.matrix, I32(router.matrix.shape[1]), router.outer,
