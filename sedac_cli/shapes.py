@@ -7,11 +7,13 @@ Whatever is measured with one is labelled as such: its `ref` begins with `shape:
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sedac_cli.errors import UsageError
+from sedac_cli.errors import InputError, UsageError
 from sedac_cli.models import SHAPE, LoadedModel, identify
 from sedac_cli.structure import find_decoder
 
@@ -52,6 +54,7 @@ def shaped_model(
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _require_room(name, model, torch.device(device))
     model.to_empty(device=device)
     for path, parameter in model.named_parameters():
         if parameter.dim() >= 2:
@@ -67,6 +70,26 @@ def shaped_model(
     decoder = find_decoder(model)
     tokenizer = _numbers(config.vocab_size)
     return LoadedModel(model, tokenizer, decoder, identify(SHAPE + name, model, tokenizer, decoder))
+
+
+def _require_room(name: str, model: Any, device: torch.device) -> None:
+    """A GPU says when its memory is full; a process that fills the host's is killed without a word."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device.type == "cpu" and size > (free := _free_memory()):
+        raise InputError(
+            f"shape {name} in {str(model.dtype).removeprefix('torch.')} takes {size / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of "
+            "memory are free",
+            hint="a GPU, a smaller shape, or --dtype bfloat16",
+        )
+
+
+def _free_memory() -> int:
+    """Bytes that may be had without swapping, caches that would make room counted in."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _numbers(vocabulary: int) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sedac_cli.errors import UsageError
+from sedac_cli import shapes
+from sedac_cli.errors import InputError, UsageError
 from sedac_cli.runtime.generate import GenerateOptions, generate
 from sedac_cli.runtime.plan import make_plan
 from sedac_cli.shapes import SHAPES, shaped_model
@@ -33,6 +34,12 @@ def test_positions_of_a_shape_are_those_of_its_family():
     theta = loaded.model.config.rope_parameters["rope_theta"]
     expected = 1.0 / theta ** (torch.arange(0, 16, 2).float() / 16)
     assert torch.allclose(inv_freq.float(), expected)
+
+
+def test_what_does_not_fit_into_memory_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(shapes, "_free_memory", lambda: 2**20)
+    with pytest.raises(InputError, match=r"qwen2.5-7b in bfloat16 takes 14.2 GiB, and 0.0 GiB"):
+        shaped_model("qwen2.5-7b", "cpu", torch.bfloat16)
 
 
 def test_an_unknown_shape_is_named():

@@ -79,10 +79,11 @@ def generate(
         raise UsageError("--lossless drafts with a gate, and none is named", hint="--gate always:14, or --draft ngram")
     prompts = read_prompts(prompt or [], prompt_file)
     from sedac_cli.models import load_model
-    from sedac_cli.runtime.engines import Used, generate_with
+    from sedac_cli.runtime.engines import Used, generate_with, require_engine
     from sedac_cli.runtime.generate import GenerateOptions
     from sedac_cli.runtime.plan import make_plan
 
+    require_engine(engine, model.device)
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
     deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)

@@ -185,12 +185,14 @@ def serve_here(
 ) -> None:  # fmt: skip
     """Serve with an engine of this process. `graphs`: with CUDA graphs over caches of so many places, or fewer if asked."""
     from sedac_cli.models import load_model
+    from sedac_cli.runtime.engines import require_engine
     from sedac_cli.runtime.plan import make_plan
     from sedac_cli.runtime.stream import context_limit
     from sedac_cli.serve.app import make_app
     from sedac_cli.serve.server import serve as run
     from sedac_cli.serve.state import make_served
 
+    require_engine("graph" if graphs else "eager", model.device)
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
     if graphs:

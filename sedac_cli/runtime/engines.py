@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.deep import DeepThinking
-from sedac_cli.models import LoadedModel
+from sedac_cli.models import LoadedModel, pick_device
 from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, generate
 from sedac_cli.runtime.plan import Plan
 
@@ -28,6 +28,16 @@ class Used:
     notes: list[str] = field(default_factory=list)
 
 
+def require_engine(engine: str, device: str) -> None:
+    """What this machine lacks for an engine asked for by name, said before a model is loaded, which may take minutes."""
+    if engine not in ENGINES:
+        raise UsageError(f"engine '{engine}' is not known", hint=", ".join(ENGINES))
+    if engine == "graph":
+        from sedac_cli.runtime.graph.capture import require_graphs
+
+        require_graphs(pick_device(device))
+
+
 def generate_with(
     engine: str,
     loaded: LoadedModel,
@@ -36,8 +46,6 @@ def generate_with(
     options: GenerateOptions,
     deep: DeepThinking | None = None,
 ) -> tuple[Generated, Used]:
-    if engine not in ENGINES:
-        raise UsageError(f"engine '{engine}' is not known", hint=", ".join(ENGINES))
     if engine == "graph" and deep is not None:
         raise UsageError("deep thinking runs tokens again, which the graph engine does not", hint="--engine eager")
     if engine == "eager" or deep is not None or (engine == "auto" and loaded.device.type != "cuda"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
+from sedac_cli import models, shapes
 from sedac_cli.bench import runner
 from sedac_cli.bench.backends.hf import EagerSession
 from sedac_cli.bench.matrix import make_matrix
@@ -156,7 +158,7 @@ def test_a_crash_is_a_row_and_the_run_goes_on(bench, matrix, monkeypatch):
     assert found["burns"]["errors"][0]["error"] == "RuntimeError: the device is on fire"
     assert "in rule" in found["burns"]["errors"][0]["traceback"] or "broken" in found["burns"]["errors"][0]["traceback"]
     assert "/nowhere/sedac_probe_layer1.pth" in found["no probe"]["errors"][0]["error"]
-    assert "CUDA graphs need a GPU" in found["graph"]["errors"][0]["error"]
+    assert "needs a CUDA GPU" in found["graph"]["errors"][0]["error"]
     assert "the device is on fire" in result.out
 
 
@@ -222,7 +224,7 @@ def test_modes_from_the_command_line(bench):
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (("--engine", "graph"), 3, "CUDA graphs need a GPU"),
+        (("--engine", "graph"), 3, "needs a CUDA GPU"),
         (("--backend", "vllm"), 3, "vLLM is not installed"),
         (("--batch", "0"), 2, "batch holds 0"),
         (("--batch", "two"), 2, "'two' is not a number"),
@@ -235,6 +237,28 @@ def test_what_cannot_be_done(bench, args, code, said):
     result = bench(*args)
     assert result.code == code
     assert said in result.err + result.out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("bench", "--shape", "qwen2.5-7b", "--engine", "graph"),
+        ("bench", "--model", "{model}", "--engine", "graph"),
+        ("generate", "--model", "{model}", "--engine", "graph", "--prompt", "the sea"),
+        ("serve", "--model", "{model}", "--backend", "graph", "--port", "0"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_engine_that_cannot_run_is_refused_before_a_model_is_made(
+    sedac, tmp_path, monkeypatch, tiny_folder, command
+):
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((models, "load_model"), (models, "_from_pretrained"), (shapes, "shaped_model")):
+        monkeypatch.setattr(module, name, lambda *args, **more: pytest.fail("a model was made"))
+    result = sedac(*(part.format(model=tiny_folder) for part in command))
+    assert result.code == 3
+    assert "the graph engine needs a CUDA GPU" in result.err
+    assert "--engine eager" in result.err
 
 
 def test_json_is_the_document(bench):

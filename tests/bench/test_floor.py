@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from sedac_cli.bench.backends import Cell
+from sedac_cli.bench.backends import Cell, hf
 from sedac_cli.bench.backends.hf import GraphSession
 from sedac_cli.bench.floor import StepReads, read_bandwidth
 from sedac_cli.bench.metrics import Run, summarize
 from sedac_cli.bench.tables import tables
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.simple import NeverGate
-from sedac_cli.runtime import graph
+from sedac_cli.runtime.graph import GraphEngine
 from sedac_cli.runtime.plan import Plan, make_plan
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -71,7 +71,7 @@ def test_experts_of_one_token_only(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
-    monkeypatch.setattr(graph, "GraphEngine", partial(graph.GraphEngine, capture=False))
+    monkeypatch.setattr(hf, "GraphEngine", partial(GraphEngine, capture=False))
     plan = make_plan("always:2", tiny.decoder, tiny.identity)
     session = GraphSession(tiny, plan, Cell(rows, 24, 5), bandwidth=1e6)
     run = session.run(["the sea"] * rows, 5)

@@ -7,9 +7,9 @@ nothing installed in it, not a gate that happens to skip nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -27,9 +27,14 @@ from sedac_cli.config import ModelSpec
 from sedac_cli.corpus import Corpus
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel, load_model
+from sedac_cli.runtime.engines import require_engine
 from sedac_cli.runtime.generate import GenerateOptions, check_room, encode_prompts
+from sedac_cli.runtime.graph import GraphEngine
+from sedac_cli.runtime.graph.capture import require_graphs
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import skipping
+
+log = logging.getLogger("sedac")
 
 BASELINES = {
     "eager": "transformers generate(), the stock model with nothing installed in it",
@@ -39,28 +44,23 @@ BASELINES = {
 
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> HuggingFace:
     tasks = Tasks(matrix.quality, seed) if matrix.quality.tasks else None
+    require_engine(matrix.engine, model.device)
     loaded = load_model(model)
-    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded), seed, tasks)
+    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded.device), seed, tasks)
 
 
-def pick_engine(wanted: str, loaded: LoadedModel) -> str:
+def pick_engine(wanted: str, device: torch.device) -> str:
     """`auto` takes the graph engine where it can run; asked for by name it runs or is refused."""
-    reason = _no_graph(loaded)
-    if wanted == "auto":
-        return "eager" if reason else "graph"
-    if wanted == "graph" and reason:
-        raise InputError(f"engine graph: {reason}", hint="--engine eager")
-    return wanted
-
-
-def _no_graph(loaded: LoadedModel) -> str | None:
-    if loaded.device.type != "cuda":
-        return f"CUDA graphs need a GPU, the model is on {loaded.device}"
+    if wanted == "eager" or (wanted == "auto" and device.type != "cuda"):
+        return "eager"
     try:
-        import_module("sedac_cli.runtime.graph")
-    except ImportError as error:
-        return f"not available here ({error})"
-    return None
+        require_graphs(device)
+    except InputError as error:
+        if wanted == "graph":
+            raise
+        log.warning("engine auto is eager here: %s", error.message)
+        return "eager"
+    return "graph"
 
 
 class HuggingFace:
@@ -102,7 +102,7 @@ class HuggingFace:
 
     @contextlib.contextmanager
     def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
-        engine = self.engine if experiment.engine is None else pick_engine(experiment.engine, self.loaded)
+        engine = self.engine if experiment.engine is None else pick_engine(experiment.engine, self.loaded.device)
         plan = self._plan(experiment)
         session: Session
         if experiment.how.loop:
@@ -203,12 +203,11 @@ class GraphSession:
     engine = "graph"
 
     def __init__(self, loaded: LoadedModel, plan: Plan, cell: Cell, bandwidth: float | None):
-        graph = import_module("sedac_cli.runtime.graph")
         assert cell.prompt_length is not None
         # Text that is decoded and read again may come out a few tokens longer.
         room = cell.prompt_length + cell.prompt_length // 8 + 8 + cell.new_tokens
         self.loaded, self.bandwidth, self.reads = loaded, bandwidth, StepReads.of(loaded, plan)
-        self.engine_object = graph.GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
+        self.engine_object = GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
         times: list[float] = []
@@ -226,6 +225,7 @@ class GraphSession:
             made = self.engine_object.generate(prompts, options, on_tokens=seen)
             ended = time.perf_counter()
         steps = self.engine_object.last
+        assert steps is not None
         floor = None
         if self.bandwidth:
             floor = self.reads.bytes_of(steps.ran, made.prompt_tokens, len(prompts)) / self.bandwidth
@@ -248,6 +248,4 @@ class GraphSession:
         )
 
     def close(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self.engine_object.close()
         del self.engine_object

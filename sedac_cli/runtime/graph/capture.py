@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sedac_cli.errors import InputError, SedacError, no_room, ran_out
-from sedac_cli.models import LoadedModel
 
 SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
@@ -59,13 +58,13 @@ def memory_said(batch: int, max_length: int) -> Iterator[None]:
         raise no_room(error, f"for a cache of {batch} x {max_length} tokens", SMALLER) from error
 
 
-def require_graphs(loaded: LoadedModel) -> None:
+def require_graphs(device: torch.device) -> None:
     """A GPU, CuPy of its CUDA, and a driver with conditional nodes; otherwise what is missing."""
     from sedac_cli.gpu.compile import require_conditional_nodes
 
-    if loaded.device.type != "cuda":
+    if device.type != "cuda":
         raise InputError(
-            f"the graph engine needs a CUDA GPU; this model is on {loaded.device}",
+            f"the graph engine needs a CUDA GPU; the model's device is {device}",
             hint="--engine eager (of sedac serve: --backend eager) runs anywhere",
         )
     try:

@@ -107,7 +107,7 @@ class GraphEngine:
     ):
         """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out."""
         if capture:
-            require_graphs(loaded)
+            require_graphs(loaded.device)
         if isinstance(plan.gate, SpanGate):
             raise InputError(
                 "the graph engine skips MLPs; tokens that skip whole layers (ghost K and V) run in the eager engine",
