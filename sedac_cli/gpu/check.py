@@ -74,7 +74,9 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                     yield "batch", replace(made, stages=2).constants(t, gated, act, races)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
+    yield "step", {}
     for t in range(3):
+        yield "step", {"T": t}
         yield "norm", {"T": t}
         yield "norm", {"T": t, "RESIDUAL": 1}
     for t, (size, group) in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4))):
@@ -154,7 +156,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
         "--only",
-        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, norm, attend, norm_route, activate",
+        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, norm, attend, norm_route, activate, step",
     )
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")

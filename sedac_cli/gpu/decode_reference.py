@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,11 @@ from torch.nn import functional
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.reference import router_score
 from sedac_cli.gpu.skinny import Other, RowNorm
+from sedac_cli.gpu.step import Turns
 from sedac_cli.gpu.tensors import Number
+
+if TYPE_CHECKING:
+    from sedac_cli.runtime.graph.state import Burst, Choice, State
 
 
 def activate(x: Tensor, name: str) -> Tensor:
@@ -159,3 +163,28 @@ def attend(
     weights = torch.softmax(scores.masked_fill(~seen.view(rows, 1, 1, places), float("-inf")), dim=-1)
     y = (weights @ values.float()).reshape(rows, -1).to(qkv.dtype)
     return y if out is None else out.copy_(y)
+
+
+def step_begin(
+    state: State, weight: Tensor | None = None, tables: Turns | None = None
+) -> tuple[Tensor | None, Turns | None, Tensor]:
+    def rows(table: Tensor, index: Tensor) -> Tensor:
+        return table[index.clamp(0, table.shape[0] - 1)]
+
+    h = None if weight is None else rows(weight, state.tokens)
+    turns = None if tables is None else (rows(tables[0], state.position), rows(tables[1], state.position))
+    return h, turns, ~state.finished
+
+
+def step_end(choice: Choice, state: State, ends: Tensor, pad: int, needs: Tensor, record: Burst) -> None:
+    token = torch.where(state.finished, pad, choice.token)
+    if ends.numel():
+        state.finished.logical_or_((token.unsqueeze(1) == ends).any(dim=1))
+    state.tokens.copy_(token)
+    state.position.add_(1)
+    state.slot.add_(1)
+    record.tokens.copy_(token)
+    record.entropy.copy_(choice.entropy)
+    record.logprob.copy_(choice.logprob)
+    record.needs.copy_(needs)
+    record.finished.copy_(state.finished)

@@ -27,11 +27,11 @@ from sedac_cli.runtime.graph.capture import captured, memory_said, require_graph
 from sedac_cli.runtime.graph.describe import describe
 from sedac_cli.runtime.graph.fused import FusedStep
 from sedac_cli.runtime.graph.generic import GenericStep
-from sedac_cli.runtime.graph.ops import KernelOps, TwinOps
+from sedac_cli.runtime.graph.ops import KernelOps, Ops, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, standard_model
-from sedac_cli.runtime.graph.state import KVCache, State, cache_layers
+from sedac_cli.runtime.graph.state import Burst, KVCache, State, cache_layers
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import Pass, skipping
 from sedac_cli.standins import ZeroStandIn
@@ -39,31 +39,6 @@ from sedac_cli.standins import ZeroStandIn
 BURST = 8
 AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """How far fused logits may be from the model's own, as a share of their norm."""
-
-
-@dataclass
-class Burst:
-    """Recorded by the steps of one graph."""
-
-    tokens: Tensor
-    needs: Tensor
-    entropy: Tensor
-    logprob: Tensor
-    finished: Tensor
-
-    @classmethod
-    def empty(cls, steps: int, rows: int, layers: int, device: torch.device | str, pinned: bool = False) -> Burst:
-        def make(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
-
-        return cls(
-            make(steps, rows, dtype=torch.long), make(steps, layers, dtype=torch.int32), make(steps, rows, dtype=torch.float32),
-            make(steps, rows, dtype=torch.float32), make(rows, dtype=torch.bool),
-        )  # fmt: skip
-
-    def copy_(self, other: Burst) -> None:
-        for to, source in zip(vars(self).values(), vars(other).values(), strict=True):
-            to.copy_(source, non_blocking=True)
 
 
 @dataclass
@@ -191,23 +166,11 @@ class GraphEngine:
 
     @torch.inference_mode()
     def _one_step(self, choose: Chooser, ends: Tensor, pad: int, into: Burst, index: int) -> None:
-        state = self.state
-        logits = self.step(state)
-        token, entropy, logprob = choose(logits, self.ops)
-        token = torch.where(state.finished, pad, token)
-        if ends.numel():
-            state.finished.logical_or_((token.unsqueeze(1) == ends).any(dim=1))
-        state.tokens.copy_(token)
-        state.position.add_(1)
-        state.slot.add_(1)
-        into.tokens[index].copy_(token)
-        into.entropy[index].copy_(entropy)
-        into.logprob[index].copy_(logprob)
-        into.needs[index].copy_(self.program.needs)
-        into.finished.copy_(state.finished)
+        choice = choose(self.step(self.state), self.ops)
+        self.ops.step_end(choice, self.state, ends, pad, self.program.needs, into.at(index))
 
     @property
-    def ops(self) -> Any:
+    def ops(self) -> Ops:
         if isinstance(self.step, FusedStep):
             return self.step.ops
         return KernelOps() if self.device.type == "cuda" else TwinOps()
@@ -310,14 +273,15 @@ class GraphEngine:
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        token, entropy, logprob = make_chooser(options, self.settings)(logits, TwinOps())
+        choice = make_chooser(options, self.settings)(logits, TwinOps())
+        token = choice.token
         self._load(ids, mask, prompt, token)
         if ends:
             state_ends = torch.tensor(ends, device=self.device)
             self.state.finished[:rows] = (token.unsqueeze(1) == state_ends).any(dim=1)
         if on_tokens is not None:
             on_tokens(token.unsqueeze(0).cpu())
-        if listener is not None and listener.prompt(seen, token, entropy, logprob):
+        if listener is not None and listener.prompt(seen, token, choice.entropy, choice.logprob):
             steps = 0
         self._sync()
         middle = time.perf_counter()

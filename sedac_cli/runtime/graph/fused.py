@@ -15,6 +15,7 @@ from torch import Tensor
 from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS, Others
 from sedac_cli.runtime.graph.branches import Branches
+from sedac_cli.runtime.graph.lookup import Lookup
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Entry, Program
 from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
@@ -32,9 +33,10 @@ class FusedStep:
         rows = program.rows
         if rows > MAX_SKINNY_ROWS:
             raise InputError(f"{rows} sequences at once: the graph engine takes up to {MAX_SKINNY_ROWS}")
-        dtype = decoder.model.get_input_embeddings().weight.dtype
+        embedding = decoder.model.get_input_embeddings()
+        dtype = embedding.weight.dtype
         self.ops = make_ops(rows, dtype, decoder.device)
-        self.embedding = decoder.model.get_input_embeddings()
+        self.lookup = Lookup(embedding, standard.rotary, cache.places)
         self.standins = LinearStandIns(standin, dtype, decoder.device)
         head = decoder.model.get_output_embeddings()
         self.head = Linear([head.weight], [head.bias]) if type(head) is torch.nn.Linear else None
@@ -42,12 +44,8 @@ class FusedStep:
 
     def __call__(self, state: State) -> Tensor:
         ops, program = self.ops, self.program
-        h = self.embedding(state.tokens)
-        position = state.position.unsqueeze(1)
-        cos, sin = (
-            table.reshape(h.shape[0], -1).to(h.dtype) for table in self.standard.rotary(h.unsqueeze(1), position)
-        )
-        program.begin(state.position, ~state.finished)
+        h, (cos, sin), real = self.lookup(state, ops)
+        program.begin(state.position, real)
         for index, layer in enumerate(self.standard.layers):
             program.enter(index, h)
             qkv = ops.linear(h, layer.qkv, norm=layer.norm)

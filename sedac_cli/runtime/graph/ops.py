@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sedac_cli.gpu import decode, decode_reference, packed, reference, skinny
+from sedac_cli.gpu import decode, decode_reference, packed, reference, skinny, step
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.entropy import fused_entropy
 from sedac_cli.gpu.reference import Entropy
 from sedac_cli.gpu.skinny import Other
+from sedac_cli.gpu.step import Turns
 from sedac_cli.runtime.graph.standard import Linear, Norm
+from sedac_cli.runtime.graph.state import Burst, Choice, State
 
 GATED = skinny.ACTIVATIONS.keys() - {"none"}
 
@@ -47,6 +49,12 @@ class Ops(Protocol):
     ) -> Tensor: ...  # fmt: skip
 
     def entropy(self, logits: Tensor) -> Entropy: ...
+
+    def step_begin(
+        self, state: State, weight: Tensor | None, tables: Turns | None
+    ) -> tuple[Tensor | None, Turns | None, Tensor]: ...
+
+    def step_end(self, choice: Choice, state: State, ends: Tensor, pad: int, needs: Tensor, record: Burst) -> None: ...
 
 
 def make_ops(rows: int, dtype: torch.dtype, device: torch.device) -> Ops:
@@ -97,6 +105,14 @@ class KernelOps:
 
     def entropy(self, logits: Tensor) -> Entropy:
         return fused_entropy(logits)
+
+    def step_begin(
+        self, state: State, weight: Tensor | None, tables: Turns | None
+    ) -> tuple[Tensor | None, Turns | None, Tensor]:
+        return step.step_begin(state, weight, tables)
+
+    def step_end(self, choice: Choice, state: State, ends: Tensor, pad: int, needs: Tensor, record: Burst) -> None:
+        step.step_end(choice, state, ends, pad, needs, record)
 
 
 class WideOps(KernelOps):
@@ -171,6 +187,14 @@ class TwinOps:
 
     def entropy(self, logits: Tensor) -> Entropy:
         return reference.fused_entropy(logits)
+
+    def step_begin(
+        self, state: State, weight: Tensor | None, tables: Turns | None
+    ) -> tuple[Tensor | None, Turns | None, Tensor]:
+        return decode_reference.step_begin(state, weight, tables)
+
+    def step_end(self, choice: Choice, state: State, ends: Tensor, pad: int, needs: Tensor, record: Burst) -> None:
+        decode_reference.step_end(choice, state, ends, pad, needs, record)
 
 
 def _parts(norm: Norm | None) -> skinny.RowNorm | None:

@@ -3,7 +3,7 @@
 settings = Settings.on(device)
 choose = make_chooser(options, settings)
 settings.set(options)
-token, entropy, logprob = choose(logits, ops)         # [rows] int64, [rows] float32 (bits), [rows] float32 (nats)
+choice = choose(logits, ops)         # the tokens, and what is known of them
 
 Entropy and log-probability are of the model's own distribution, before temperature and cuts.
 """
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sedac_cli.runtime.generate import GenerateOptions
 from sedac_cli.runtime.graph.ops import Ops
+from sedac_cli.runtime.graph.state import Choice
 
-Chooser = Callable[[Tensor, Ops], tuple[Tensor, Tensor, Tensor]]
+Chooser = Callable[[Tensor, Ops], Choice]
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,17 @@ def chooser_key(options: GenerateOptions) -> tuple[bool, bool, int]:
 def make_chooser(options: GenerateOptions, settings: Settings) -> Chooser:
     drawn, cut, top_k = chooser_key(options)
 
-    def best(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+    def best(logits: Tensor, ops: Ops) -> Choice:
         found = ops.entropy(logits)
-        return found.argmax, found.entropy, found.confidence.log()
+        return Choice(found.argmax, found.entropy, found.confidence)
 
-    def draw(logits: Tensor, ops: Ops) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(logits: Tensor, ops: Ops) -> Choice:
         probabilities = shaped(logits, settings.temperature, settings.top_p if cut else None, top_k)
         # The largest of p / e with e ~ Exp(1) is a draw from p, and needs no host.
         noise = torch.empty_like(probabilities).exponential_()
         token, found = (probabilities / noise).argmax(dim=-1), ops.entropy(logits)
-        # log p(x) = x - max + log p(max): no second pass over the logits for log Z.
         picked, top = (logits.gather(1, i.unsqueeze(1)).squeeze(1).float() for i in (token, found.argmax))
-        return token, found.entropy, picked - top + found.confidence.log()
+        return Choice(token, found.entropy, found.confidence, picked - top)
 
     return draw if drawn else best
 

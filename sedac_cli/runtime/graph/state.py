@@ -1,4 +1,4 @@
-"""What a decode step reads and writes on the device: the last tokens, where they stand, and the cache.
+"""What a decode step reads and writes on the device: the last tokens, where they stand, the cache, and the record.
 
 Every sequence of a batch ends at the same place of the cache (prompts are padded on the left), so one number, `slot`, says
 where the next key goes; `first` says where each sequence begins.
@@ -36,6 +36,52 @@ class State:
     def reset(self) -> None:
         for tensor in (self.tokens, self.position, self.first, self.finished, self.slot):
             tensor.zero_()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The next tokens, and of the distribution they were chosen from, [rows] each: its entropy in bits, its largest probability,
+    and by how much the token's logit is above the best one, so never more than 0 (None: it is the best one)."""
+
+    token: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    above: Tensor | None = None
+
+    @property
+    def logprob(self) -> Tensor:
+        """Of the token, in nats: log p(x) = x - max + log p(max), so no second pass over the logits for log Z."""
+        best = self.confidence.log()
+        return best if self.above is None else self.above + best
+
+
+@dataclass
+class Burst:
+    """Recorded by the steps of one graph. tokens, entropy, logprob [steps, rows]; needs [steps, layers]; finished [rows]."""
+
+    tokens: Tensor
+    needs: Tensor
+    entropy: Tensor
+    logprob: Tensor
+    finished: Tensor
+
+    @classmethod
+    def empty(cls, steps: int, rows: int, layers: int, device: torch.device | str, pinned: bool = False) -> Burst:
+        def make(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        return cls(
+            make(steps, rows, dtype=torch.long), make(steps, layers, dtype=torch.int32), make(steps, rows, dtype=torch.float32),
+            make(steps, rows, dtype=torch.float32), make(rows, dtype=torch.bool),
+        )  # fmt: skip
+
+    def copy_(self, other: Burst) -> None:
+        for to, source in zip(vars(self).values(), vars(other).values(), strict=True):
+            to.copy_(source, non_blocking=True)
+
+    def at(self, step: int) -> Burst:
+        """What one step writes."""
+        return Burst(self.tokens[step], self.needs[step], self.entropy[step], self.logprob[step], self.finished)
 
 
 class KVCache:

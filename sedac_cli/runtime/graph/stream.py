@@ -22,7 +22,8 @@ from sedac_cli.errors import InputError, ran_out
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import GenerateOptions, end_tokens
 from sedac_cli.runtime.graph.describe import exit_layers
-from sedac_cli.runtime.graph.engine import Burst, GraphEngine
+from sedac_cli.runtime.graph.engine import GraphEngine
+from sedac_cli.runtime.graph.state import Burst
 from sedac_cli.runtime.plan import Plan, make_plan
 from sedac_cli.runtime.skip import Pass
 from sedac_cli.runtime.stream import OnPrompt, OnToken, Row, RowCounts, StreamToken, check_rows
