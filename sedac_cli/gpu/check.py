@@ -21,7 +21,7 @@ from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_constants
 from sedac_cli.gpu.entropy import FEW, MANY
 from sedac_cli.gpu.probe import FOUR, ROUTER_SLICE, TWO, shared_bytes
-from sedac_cli.gpu.skinny import skinny_bytes, skinny_constants
+from sedac_cli.gpu.skinny import Cut, skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
@@ -61,11 +61,12 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
     yield "conditional", {"SET_CONDITION": 1}
     for t, gated in product((1, 2), (False, True)):
         for act in (1, 2, 3) if gated else (0, 1):
-            for per_block, loop, x_source in product((1,) if gated else (1, 2), (False, True), (0, 1, 2)):
+            for tiles, loop, x_source in product((1,) if gated else (1, 2), (False, True), (0, 1, 2)):
+                cut = Cut(tiles, 1 + loop, 1)
                 for races in (False, True) if gated and x_source < 2 else (False,):
-                    yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races)
+                    yield "skinny", skinny_constants(t, gated, act, cut, x_source, races)
                     if gated or (act == 0 and x_source < 2):  # a stand-in's two maps
-                        yield "skinny", skinny_constants(t, gated, act, per_block, loop, x_source, races, 1 + gated)
+                        yield "skinny", skinny_constants(t, gated, act, cut, x_source, races, 1 + gated)
             for made, races in product(SHAPES, (False, True) if gated else (False,)):
                 yield "batch", made.constants(t, gated, act, races)
                 if gated or act == 0:

@@ -60,10 +60,9 @@ class Form:
 FEW = Form(WARPS, 6, 4)
 """32 rows of 151936 logits over 528 blocks are 4.7 vectors a thread, all asked for at once; 64 rows and a decision 10.6: twice
 six (13.9 us) where five at once took three rounds (14.4)."""
-MANY = Form(1, 4, 3, 4)
-"""64 KiB a block and three blocks: 144 KiB under way per multiprocessor, so that the last third of the warps still fills the
-memory bus. 1024 rows took 82.7 us, with three stages and four blocks 84.3, loading into registers 84.7 (256 and 4096 rows: the
-same either way)."""
+MANY = Form(1, 4, 3, 3)
+"""48 KiB a block and three blocks: 96 KiB under way per multiprocessor. 1024 rows: 78.7 us; with four stages 80.1, with four blocks of
+three stages 84.5 or of two 80.9, half or twice as many loads at once 79.0 and 79.6 (4096 rows: 302, 303, 299, 293, 305, 294)."""
 
 
 @dataclass(frozen=True)

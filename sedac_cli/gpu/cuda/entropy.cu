@@ -16,6 +16,7 @@
 #define LANES (32 * GROUP)
 #define ROUND (UNROLL * LANES)      // vectors a group reads at once
 #define ROUND_BYTES (UNROLL * 512)  // of one warp
+#define AT_ONCE 2                   // vectors that a lane of a larger group works on together
 
 // A chunk of a row: `head` logits up to the first 16-byte boundary, `vectors` of 16 bytes, and a tail.
 struct Item {
@@ -43,22 +44,43 @@ __device__ __forceinline__ Item item_at(
   return r;
 }
 
-// What lies before and after the vectors. A lane must see its logits in order: of equal ones it keeps the first.
-__device__ __forceinline__ void push_ends(State& state, const Item& item, int at, int end) {
-  if (at < end) {
-    const float v[1] = {widen<T>(item.p[at])};
-    push(state, v, item.from + at);
-  }
+// What lies before and after the vectors, a logit a lane. What is not there counts as -inf, which changes nothing.
+__device__ __forceinline__ void push_ends(State& state, const Item& item, int at, int end, int warp_begin) {
+  if (warp_begin >= end) return;
+  float v[1] = {at < end ? widen<T>(item.p[at]) : NEG_INF};
+  push(state, v, [&](int) { return item.from + at; });
 }
-__device__ __forceinline__ void push_head(State& state, const Item& item, int lane) { push_ends(state, item, lane, item.head); }
+__device__ __forceinline__ void push_head(State& state, const Item& item, int lane) {
+  push_ends(state, item, lane, item.head, lane & ~31);
+}
 __device__ __forceinline__ void push_tail(State& state, const Item& item, int lane) {
-  push_ends(state, item, item.head + item.vectors * Vec<T>::N + lane, item.count);
+  const int begin = item.head + item.vectors * Vec<T>::N;
+  push_ends(state, item, begin + lane, item.count, begin + (lane & ~31));
 }
 
-__device__ __forceinline__ void push_vector(State& state, const Item& item, const uint4& q, int i) {
-  float v[Vec<T>::N];
-  unpack<T>(q, v);
-  push(state, v, item.from + item.head + i * Vec<T>::N);
+// COUNT vectors a lane, `stride` apart, from the i-th of the item on; `get(c)` brings one. All lanes of a warp come here together.
+template <int COUNT, class Get>
+__device__ __forceinline__ void push_vectors(State& state, const Item& item, int i, int stride, Get get) {
+  constexpr int N = Vec<T>::N;
+  float v[COUNT * N];
+  const bool whole = (i | 31) + (COUNT - 1) * stride < item.vectors;  // as the warp sees it: `i` begins at a multiple of 32
+#pragma unroll
+  for (int c = 0; c < COUNT; ++c) {
+    float of[N];
+    const bool there = whole || i + c * stride < item.vectors;
+    uint4 q = make_uint4(0, 0, 0, 0);
+    if (there) q = get(c);
+    unpack<T>(q, of);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[c * N + j] = of[j];
+  }
+  if (!whole)
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+      for (int j = 0; j < N; ++j)
+        if (i + c * stride >= item.vectors) v[c * N + j] = NEG_INF;
+  push(state, v, [&](int j) { return item.from + item.head + (i + j / N * stride) * N + j % N; });
 }
 
 #if GROUP > 1
@@ -67,14 +89,14 @@ __device__ __forceinline__ State scan(const Item& item, int lane) {
   State state = empty_state();
   push_head(state, item, lane);
   const uint4* body = item.body();
-  for (int i = lane; i < item.vectors; i += ROUND) {
+  for (int first = lane & ~31; first < item.vectors; first += ROUND) {
+    const int i = first + lane % 32;
     uint4 q[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u)
       if (i + u * LANES < item.vectors) q[u] = __ldcs(body + i + u * LANES);
 #pragma unroll
-    for (int u = 0; u < UNROLL; ++u)
-      if (i + u * LANES < item.vectors) push_vector(state, item, q[u], i + u * LANES);
+    for (int u = 0; u < UNROLL; u += AT_ONCE) push_vectors<AT_ONCE>(state, item, i + u * LANES, LANES, [&](int c) { return q[u + c]; });
   }
   push_tail(state, item, lane);
   return state;
@@ -84,7 +106,7 @@ __device__ __forceinline__ State scan(const Item& item, int lane) {
 __device__ __forceinline__ State group_join(State state) {
   __shared__ State warps[GROUP];
   const int tid = threadIdx.x;
-  state = warp_join(state);
+  state = warp_total(state);
   if (tid % 32 == 0) warps[tid / 32] = state;
   __syncthreads();
   if (tid < 32) state = warp_join(tid < GROUP ? warps[tid] : empty_state());
@@ -134,7 +156,7 @@ __device__ __forceinline__ void finish(int row, const State& p, float stability,
   out.load[row] = 0.5f * (1.0f - confidence) + 0.3f * (1.0f - stability) + 0.2f * (1.0f - out.progress);
   out.decision[row] = confidence * stability * out.progress > out.threshold - 0.2f * out.progress;
 #else
-  out.confidence[row] = p.s > 0.0f ? 1.0f / p.s : entropy;  // nothing but -inf, or a NaN: NaN
+  out.confidence[row] = p.s > 0.0f ? at_top(p) / p.s : entropy;  // nothing but -inf, or a NaN: NaN
 #endif
   if (out.argmax) out.argmax[row] = p.index == NO_INDEX ? 0 : p.index;
 }
@@ -333,11 +355,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
       }
       ring.ask(from, i, vectors);  // into the place that the last turn read
       i += ROUND;
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        const int at = lane + turn * ROUND + u * 32;
-        if (at < item.vectors) push_vector(state, item, shared_vector(ring.base + ring.read + u * 512), at);
-      }
+      push_vectors<UNROLL>(
+          state, item, lane + turn * ROUND, 32, [&](int u) { return shared_vector(ring.base + ring.read + u * 512); });
       ring.read = Ring::after(ring.read);
     }
     push_tail(state, item, lane);
@@ -347,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) entropy(
         hidden + hr.offset(item.row), prev + pr.offset(item.row), item.part * share, min((item.part + 1) * share, width), lane,
         state.norm, state.moved);
 #endif
-    state = warp_join(state);
+    state = warp_total(state);
     if (parts == 1) {
 #if CARRY
       const float stability = stability_of(state.norm, state.moved);

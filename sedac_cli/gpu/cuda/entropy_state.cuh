@@ -2,6 +2,7 @@
 
 #define LOG2E 1.4426950408889634f
 #define LOWEST (-3.4028234663852886e38f)
+#define ORDINARY 1e38f
 #define NEG_INF (-__int_as_float(0x7f800000))
 #define FLOOR (-200.0f)  // 2^-200 is 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN
 #define NO_INDEX 0x7fffffff
@@ -16,10 +17,42 @@ struct State {
 #endif
 };
 
+// What exponents count from, in log2, for a maximum m. Rounded as it is: sums to any base near the maximum give the same entropy,
+// and v log2e - base is one rounded operation. A maximum that is not ordinary has no finite one: differences are taken first.
+__device__ __forceinline__ bool ordinary(float m) { return fabsf(m) <= ORDINARY; }
+__device__ __forceinline__ float base_of(float m) { return __fmul_rn(m, LOG2E); }  // never fused: it must be one number everywhere
+
 __device__ __forceinline__ void lift(State& p, float m) {
-  const float d = fmaxf((p.m - m) * LOG2E, FLOOR), a = exp2_fast(d);
+  const float apart = ordinary(p.m) && ordinary(m) ? base_of(p.m) - base_of(m) : (p.m - m) * LOG2E;
+  const float d = fmaxf(apart, FLOOR), a = exp2_fast(d);
   p.t = a * fmaf(p.s, d, p.t);
   p.s *= a;
+}
+
+// 2^(maximum - base): 1, but for the base's rounding.
+__device__ __forceinline__ float at_top(const State& p) { return ordinary(p.m) ? exp2_fast(fmaf(p.m, LOG2E, -base_of(p.m))) : 1.0f; }
+
+__device__ __forceinline__ float warp_top(float x) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+  return x;
+}
+
+__device__ __forceinline__ int warp_first(int index) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) index = min(index, __shfl_xor_sync(0xffffffffu, index, d));
+  return index;
+}
+
+// What a warp's lanes have summed towards one maximum.
+__device__ __forceinline__ State warp_total(State p) {
+  p.s = warp_sum(p.s);
+  p.t = warp_sum(p.t);
+#if CARRY
+  p.norm = warp_sum(p.norm);
+  p.moved = warp_sum(p.moved);
+#endif
+  return p;
 }
 
 __device__ __forceinline__ State join(State a, State b) {
@@ -38,48 +71,46 @@ __device__ __forceinline__ State join(State a, State b) {
   return r;
 }
 
-template <int N>
-__device__ __forceinline__ void push(State& p, const float (&v)[N], int base) {
+// A warp's next logits, the same number in every lane; `index(j)` of the j-th grows with j. The maximum and its index are the warp's: in
+// lanes of their own, some lane would find a new one in four of ten steps of a row, and all would wait for it.
+template <int N, class Index>
+__device__ __forceinline__ void push(State& p, float (&v)[N], Index index) {
   float top = v[0];
 #pragma unroll
   for (int j = 1; j < N; ++j) top = fmaxf(top, v[j]);
-  if (top > p.m) {  // rare after the first few vectors, so the search for the index costs nothing
+  if (__any_sync(0xffffffffu, top > p.m)) {
+    top = warp_top(top);
     lift(p, top);
     p.m = top;
-    int k = 0;
+    int first = NO_INDEX;
 #pragma unroll
     for (int j = N - 1; j >= 0; --j)
-      if (v[j] == top) k = j;
-    p.index = base + k;
+      if (v[j] == top) first = index(j);
+    p.index = warp_first(first);
   }
-  const float m = fmaxf(p.m, LOWEST);
+  float base = base_of(p.m);
+  if (!ordinary(p.m)) {
+    base = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] -= fmaxf(p.m, LOWEST);
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const float d = max_or_nan((v[j] - m) * LOG2E, FLOOR), e = exp2_fast(d);
+    const float d = max_or_nan(fmaf(v[j], LOG2E, -base), FLOOR), e = exp2_fast(d);
     p.s += e;
     p.t = fmaf(e, d, p.t);
   }
 }
 
-// The maximum first, then one exponential per lane and plain sums.
+// Of states that were not a warp's: the maximum first, then one exponential per lane and plain sums.
 __device__ __forceinline__ State warp_join(State p) {
-  float top = p.m;
-#pragma unroll
-  for (int d = 16; d; d >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, d));
+  const float top = warp_top(p.m);
   if (p.m != top) p.index = NO_INDEX;
   lift(p, fmaxf(top, LOWEST));
   p.m = top;
-  p.s = warp_sum(p.s);
-  p.t = warp_sum(p.t);
-#pragma unroll
-  for (int d = 16; d; d >>= 1) p.index = min(p.index, __shfl_xor_sync(0xffffffffu, p.index, d));
-#if CARRY
-  p.norm = warp_sum(p.norm);
-  p.moved = warp_sum(p.moved);
-#endif
-  return p;
+  p.index = warp_first(p.index);
+  return warp_total(p);
 }
-
 __device__ __forceinline__ State empty_state() {
   State p;
   p.m = NEG_INF;

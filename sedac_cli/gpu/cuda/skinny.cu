@@ -30,31 +30,37 @@
 #endif
 #define HELD (512 / THREADS)  // vectors of the norm's weight that a thread has in registers
 
-// The 16-row tiles of one item of work: of which matrix, and where their output columns start.
-struct Item {
-  const raw *rows[MT][2], *bias[MT];
-  int n[MT], tile[MT], column[MT];
+// The matrices, two side by side (GATED: a tile is of the one or the other) or up to three one after the other, and how their rows are
+// shared out: the first `longer` items have one more than `least`.
+struct Matrices {
+  const raw *w0, *w1, *w2, *b0, *b1, *b2;
+  int n0, n1, k, least, longer;
+  __device__ __forceinline__ const raw* row(int tile, int at) const {
+    if (GATED) return (tile ? w1 : w0) + (i64)at * k;
+    return at < n0 ? w0 + (i64)at * k : at < n0 + n1 ? w1 + (i64)(at - n0) * k : w2 + (i64)(at - n0 - n1) * k;
+  }
+  __device__ __forceinline__ float bias(int tile, int at) const {
+    const bool first = GATED ? tile == 0 : at < n0, second = GATED || at < n0 + n1;
+    const raw* b = first ? b0 : second ? b1 : b2;
+    return b ? widen<T>(b[GATED || first ? at : second ? at - n0 : at - n0 - n1]) : 0.0f;
+  }
 };
 
-__device__ __forceinline__ Item item_of(
-    int index, int k, int g, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1, const raw* b2, int n0,
-    int n1, int n2) {
+// The rows of one item of work: up to 16 for each of its tiles. A lane loads rows g and g + 8 of a tile.
+struct Item {
+  const raw* rows[MT][2];
+  int start[MT], count[MT];
+};
+
+__device__ __forceinline__ Item item_of(int index, int g, const Matrices& of) {
   Item item;
+  const int first = index * of.least + min(index, of.longer), all = of.least + (index < of.longer), each = GATED ? all : (all + MT - 1) / MT;
 #pragma unroll
   for (int i = 0; i < MT; ++i) {
-    const raw *w = GATED && i ? w1 : w0, *bias = GATED && i ? b1 : b0;
-    int tile = GATED ? index : index * MT + i, column = 0, n = n0;
-#if !GATED
-    const int tiles0 = (n0 + 15) / 16, tiles1 = (n1 + 15) / 16;
-    if (tile >= tiles0) {
-      tile -= tiles0, column = n0, w = w1, bias = b1, n = n1;
-      if (tile >= tiles1) tile -= tiles1, column = n0 + n1, w = w2, bias = b2, n = n2;
-    }
-    if (tile * 16 >= n) w = w0, n = 0;  // past the last: reads something, writes nothing
-#endif
+    const int skip = GATED ? 0 : i * each;
+    item.start[i] = first + skip, item.count[i] = min(each, all - skip);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) item.rows[i][h] = w + (i64)max(0, min(tile * 16 + g + h * 8, n - 1)) * k;
-    item.bias[i] = bias, item.n[i] = n, item.tile[i] = tile, item.column[i] = column;
+    for (int h = 0; h < 2; ++h) item.rows[i][h] = g + h * 8 < item.count[i] ? of.row(i, item.start[i] + g + h * 8) : nullptr;
   }
   return item;
 }
@@ -79,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #else
     if (instead) {
       release();  // the next launch need not wait for this one's blocks to find room
-      settle();
+      if (blockIdx.x == 0) settle();  // for all: who waits for this launch waits for one block, which has waited
       return;
     }
 #endif
@@ -92,18 +98,22 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   const u32 ring = shared_address(dynamic) + threadIdx.x * 16;
   const int steps = (k - warp * 32 + STEP - 1) / STEP, mine = warp * 32 + t * 8;
   int asked = 0, ask_step = 0, ask_index = blockIdx.x;
-  Item ahead = item_of(ask_index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2);
+  const int total = GATED ? n0 : n0 + n1 + n2;
+  const Matrices of = {w0, w1, w2, b0, b1, b2, n0, n1, k, total / items, total % items};
+  Item ahead = item_of(ask_index, g, of);
   auto ask = [&]() {
     if (LOOP ? steps > 0 && ask_index < items : ask_step < steps) {
       const int at = mine + ask_step * STEP;
 #pragma unroll
       for (int i = 0; i < MT; ++i)
 #pragma unroll
-        for (int h = 0; h < 2; ++h)  // past the end: zeros, from an address that exists
-          stream16(ring + ((asked % STAGES * MT + i) * 2 + h) * THREADS * 16, ahead.rows[i][h] + (at < k ? at : 0), at < k ? 16 : 0);
+        for (int h = 0; h < 2; ++h) {  // rows and columns that are not there: zeros, from an address that exists
+          const bool there = at < k && ahead.rows[i][h];
+          stream16(ring + ((asked % STAGES * MT + i) * 2 + h) * THREADS * 16, there ? ahead.rows[i][h] + at : w0, there ? 16 : 0);
+        }
       if (++ask_step == steps && LOOP) {
         ask_step = 0, ask_index += gridDim.x;
-        if (ask_index < items) ahead = item_of(ask_index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2);
+        if (ask_index < items) ahead = item_of(ask_index, g, of);
       }
     }
     ++asked;
@@ -140,10 +150,10 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     const int row = threadIdx.x % 32 % 4 * 2 + threadIdx.x / 32 % 2, in_tile = threadIdx.x % 32 / 4 + threadIdx.x / 64 * 8;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
-      const int at = ahead.tile[i] * 16 + in_tile;
-      if (at >= ahead.n[i] || row >= m) continue;
-      if (ahead.bias[i]) last_bias[i] = widen<T>(ahead.bias[i][at]);
-      if (!GATED && residual) last_residual[i] = widen<T>(residual[row * r_stride + ahead.column[i] + at]);
+      const int at = ahead.start[i] + in_tile;
+      if (in_tile >= ahead.count[i] || row >= m) continue;
+      last_bias[i] = of.bias(i, at);
+      if (!GATED && residual) last_residual[i] = widen<T>(residual[row * r_stride + at]);
     }
   }
 #endif
@@ -244,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     return;
   }
 #endif
-  const Item item = LOOP ? item_of(index, k, g, w0, w1, w2, b0, b1, b2, n0, n1, n2) : ahead;
+  const Item item = LOOP ? item_of(index, g, of) : ahead;
   // The warps' shares.
   __syncthreads();  // the last item's readers are done
 #pragma unroll
@@ -259,25 +269,24 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     float total[MT];
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
-      const int at = item.tile[i] * 16 + in_tile;
       total[i] = 0.0f;
 #pragma unroll
       for (int v = 0; v < WARPS; ++v) total[i] += partial[v][i][j][l];
       if (AHEAD) total[i] += last_bias[i];
-      else if (item.bias[i] && at < item.n[i]) total[i] += widen<T>(item.bias[i][at]);
+      else if (in_tile < item.count[i]) total[i] += of.bias(i, item.start[i] + in_tile);
     }
 #pragma unroll
     for (int i = 0; i < (GATED ? 1 : MT); ++i) {
-      const int at = item.tile[i] * 16 + in_tile;
-      if (at >= item.n[i]) continue;
+      const int at = item.start[i] + in_tile;
+      if (in_tile >= item.count[i]) continue;
       float y = total[i];
 #if GATED
       y = rounded(activate(rounded(y))) * rounded(total[1]);
 #else
       if (ACT) y = activate(rounded(y));
-      if (residual) y = (AHEAD ? last_residual[i] : widen<T>(residual[r * r_stride + item.column[i] + at])) + rounded(y);
+      if (residual) y = (AHEAD ? last_residual[i] : widen<T>(residual[r * r_stride + at])) + rounded(y);
 #endif
-      out[r * out_stride + item.column[i] + at] = narrow<T>(y);
+      out[r * out_stride + at] = narrow<T>(y);
     }
   }
   }
