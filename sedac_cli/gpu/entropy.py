@@ -56,13 +56,12 @@ class Form:
         return {"GROUP": self.group, "UNROLL": self.unroll, "BLOCKS": self.blocks, "STAGES": self.stages}
 
 
-# Both chosen by the times in benchmarks/results/gpu_kernel_sweep.json (one H200), which has what lost as well.
+# Both chosen by the times in benchmarks/results/gpu_entropy_forms.json (one H200), which has what lost as well.
 FEW = Form(WARPS, 6, 4)
-"""32 rows of 151936 logits over 528 blocks are 4.7 vectors a thread, all asked for at once; 64 rows and a decision 10.6: twice
-six (13.9 us) where five at once took three rounds (14.4)."""
+"""32 rows of 151936 logits over 528 blocks are 4.7 vectors a thread, all asked for at once: 7.8 us, 8.7 with four at once."""
 MANY = Form(1, 4, 3, 3)
-"""48 KiB a block and three blocks: 96 KiB under way per multiprocessor. 1024 rows: 78.7 us; with four stages 80.1, with four blocks of
-three stages 84.5 or of two 80.9, half or twice as many loads at once 79.0 and 79.6 (4096 rows: 302, 303, 299, 293, 305, 294)."""
+"""48 KiB a block and three blocks: 96 KiB under way per multiprocessor. 1024 rows take 77.3 us; with four stages 79.0, with four
+blocks of three stages 83.6."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def cut_of(rows: int, vocab: int, few: int, many: int, decision: bool = False) -
     """Few logits: a block per chunk, and as many chunks as blocks fit the chip at once (`few`; with a decision one block of each
     row reads its hidden state). Many: a warp per chunk, `many` blocks of them.
 
-    A chunk costs a reduction, so the fewest rounds that leave no warp idle win: with three stages and four blocks 1024 rows took
-    84 us in one round, 93 in two, 102 in four, 107 in eight (gpu_kernel_sweep.json).
+    A chunk costs a reduction and finds its maximum anew, so the fewest rounds that leave no warp idle win: 1024 rows take 77 us in
+    one round, 82 in two, 89 in four (gpu_entropy_forms.json).
     """
     if rows * vocab < QUEUE_FROM and rows <= few // 2:
         return cut(rows, vocab, FEW.group, min(few // rows - decision, -(-vocab // MIN_CHUNK)), few)

@@ -9,7 +9,7 @@ import torch
 from cases import router_of
 
 from sedac_cli.gpu import compile as compiling
-from sedac_cli.gpu import conditional, decode_reference, entropy, probe, reference, route
+from sedac_cli.gpu import conditional, decode_reference, entropy, probe, reference, route, skinny
 from sedac_cli.probes import LREProbe
 
 INF, NAN = float("inf"), float("nan")
@@ -207,6 +207,24 @@ def test_every_cut_covers_its_rows():
             apart = rows * decision if cut.group == entropy.FEW.group else 0
             rounds = (rows * cut.parts + apart) / (few if cut.group == entropy.FEW.group else many * entropy.WARPS)
             assert rounds / math.ceil(rounds) > 0.8, f"{rows} rows: {rounds:.2f} rounds"
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_a_matrix_are_shared_out_evenly(gated):
+    """No block does more than its neighbour by a tile's rows and a row, no tile is taller than 16, and few rows are few blocks."""
+    for rows in (1, 2, 17, 40, 300, 400, 1000, 2112, 3584, 4096, 4608, 8448, 8449, 12672, 18944, 152064, 262144):
+        cut = skinny.cut_of(rows, gated, 132)
+        tallest = -(-rows // cut.items)
+        assert tallest <= 16 * cut.tiles
+        assert cut.grid == min(cut.items, 264)
+        assert rows // cut.items > 0
+        if cut.loop:
+            assert cut.items % cut.grid == 0
+        elif cut.items < 264:
+            assert tallest <= 8
+    assert skinny.cut_of(3584, False, 132) == skinny.Cut(1, 264, 264)
+    assert skinny.cut_of(4608, False, 132) == skinny.Cut(2, 264, 264)
+    assert skinny.cut_of(18944, True, 132) == skinny.Cut(1, 264 * 5, 264)
 
 
 def test_a_form_takes_as_many_blocks_as_its_shared_memory_allows():

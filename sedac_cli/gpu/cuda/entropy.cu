@@ -1,6 +1,7 @@
 // Entropy in bits, largest probability and argmax of each row of logits, in one read of the logits.
 //
-// H = log2 S - T / S with S = sum 2^d, T = sum 2^d d, d = (v - max) log2 e, kept online: one exponential per logit.
+// H = log2 S - T / S with S = sum 2^d, T = sum 2^d d, d = (v - max) log2 e, kept online: one exponential per logit. The maximum so far
+// is a warp's, so finding a new one is rare, and never one lane's business while 31 wait.
 // A row is cut into `parts` chunks; chunk and row make an item, taken whole by a group of GROUP warps. No item crosses rows: a
 // block that did would read, reduce and arrive twice in a row, 3 us of an idle memory bus (seen at every row count).
 // GROUP = 8: one item per block, for few rows. GROUP = 1: warps stay and take items from a queue, and never wait for each
