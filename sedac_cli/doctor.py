@@ -30,8 +30,8 @@ class Check:
 
 def examine() -> list[Check]:
     checks: list[tuple[str, Callable[[], Check]]] = [
-        ("python", _python), ("torch", _torch), ("cuda", _cuda), ("cupy", _cupy), ("transformers", _transformers),
-        ("bitsandbytes", _bitsandbytes), ("vllm", _vllm), ("built-in model", _builtin), ("memory", _memory),
+        ("python", _python), ("torch", _torch), ("cuda", _cuda), ("cupy", _cupy), ("graphs", _graphs),
+        ("transformers", _transformers), ("bitsandbytes", _bitsandbytes), ("vllm", _vllm), ("built-in model", _builtin), ("memory", _memory),
         ("disk", _disk), ("hub", _hub),
     ]  # fmt: skip
     results = []
@@ -87,18 +87,42 @@ def _cuda() -> Check:
 def _cupy() -> Check:
     import torch
 
-    found = {name: _installed(name) for name in ("cupy-cuda12x", "cupy-cuda13x", "cupy")}
-    present = {name: number for name, number in found.items() if number}
-    if not present:
-        extra = "gpu-cuda13" if (torch.version.cuda or "").startswith("13") else "gpu"
-        return Check("cupy", "missing", "not installed: GPU kernels are not available", f"pip install 'sedac[{extra}]'")
-    name, number = next(iter(present.items()))
+    from sedac_cli.gpu.compile import CUPYS, install_cupy
+
+    present = {name: number for name in CUPYS if (number := _installed(name))}
     wanted = (torch.version.cuda or "").split(".")[0]
-    major = name.removeprefix("cupy-cuda").removesuffix("x")
-    if wanted and major in ("12", "13") and major != wanted:
-        return Check("cupy", "problem", f"{name} {number} but torch is built for CUDA {torch.version.cuda}",
-                     f"pip install cupy-cuda{wanted}x")  # fmt: skip
-    return Check("cupy", "ok", f"{name} {number}")
+    if not present:
+        extra = "gpu-cuda13" if wanted == "13" else "gpu"
+        return Check("cupy", "missing", "not installed: GPU kernels are not available", f"pip install 'sedac[{extra}]'")
+    found = ", ".join(f"{name} {number}" for name, number in present.items())
+    fix = install_cupy(wanted, list(present)) if wanted else f"pip uninstall -y {' '.join(present)}"
+    if len(present) > 1:
+        return Check("cupy", "problem", f"{found}: they overwrite each other's files", fix)
+    major = next(iter(present)).removeprefix("cupy-cuda").removesuffix("x")
+    if wanted and major.isdecimal() and major != wanted:
+        return Check("cupy", "problem", f"{found} but torch is built for CUDA {torch.version.cuda}", fix)
+    return Check("cupy", "ok", found)
+
+
+def _graphs() -> Check:
+    """What the graph engine asks of a machine, of each GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("graphs", "missing", "no usable GPU: --engine graph is refused, auto is eager")
+    from sedac_cli.errors import InputError
+    from sedac_cli.gpu.compile import require_gpu
+    from sedac_cli.runtime.graph.capture import require_graphs
+
+    try:
+        for index in range(torch.cuda.device_count()):
+            require_graphs(torch.device("cuda", index))
+    except InputError as error:
+        return Check("graphs", "missing", error.message)  # which names the command, where there is one
+    driver = require_gpu().cuda.runtime.driverGetVersion()
+    return Check(
+        "graphs", "ok", f"a driver of CUDA {driver // 1000}.{driver % 1000 // 10}, cuda-bindings {_installed('cuda-bindings')}"
+    )  # fmt: skip
 
 
 def _transformers() -> Check:

@@ -7,6 +7,7 @@ import socket
 import sys
 
 import pytest
+from machines import machine  # noqa: F401 - a fixture
 
 from sedac_cli import doctor
 from sedac_cli.doctor import examine
@@ -18,7 +19,7 @@ def named(checks):
 
 def test_this_machine():
     checks = named(examine())
-    assert list(checks) == ["python", "torch", "cuda", "cupy", "transformers", "bitsandbytes", "vllm", "built-in model",
+    assert list(checks) == ["python", "torch", "cuda", "cupy", "graphs", "transformers", "bitsandbytes", "vllm", "built-in model",
                             "memory", "disk", "hub"]  # fmt: skip
     assert checks["python"].status == checks["torch"].status == checks["built-in model"].status == "ok"
     assert checks["hub"].detail.startswith("HF_HUB_OFFLINE")
@@ -44,7 +45,7 @@ def test_nothing_imports_and_it_still_answers(monkeypatch, error):
         patch.setattr(doctor.shutil, "disk_usage", fails)
         patch.setattr(doctor.os, "sysconf", fails)
         checks = named(examine())
-    assert len(checks) == 11
+    assert len(checks) == 12
     bad = {name for name, check in checks.items() if check.status == "problem"}
     assert bad == set(checks) - {"python", "hub"}
     assert checks["torch"].detail.startswith(f"{type(error).__name__}: ")
@@ -79,9 +80,29 @@ def test_missing_and_mismatched_packages(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: "13.6" if name == "cupy-cuda13x" else None)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert doctor._cupy().status == "problem"
-    assert doctor._cupy().fix == "pip install cupy-cuda12x"
+    assert doctor._cupy().fix == "pip uninstall -y cupy-cuda13x && pip install cupy-cuda12x"
+    monkeypatch.setattr(doctor, "_installed", lambda name: "13.6" if name in ("cupy-cuda12x", "cupy-cuda13x") else None)
+    assert doctor._cupy().status == "problem"
+    assert doctor._cupy().fix == ("pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install cupy-cuda12x")
+    monkeypatch.setattr(doctor, "_installed", lambda name: "13.6" if name == "cupy-cuda12x" else None)
+    assert doctor._cupy().status == "ok"
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     assert doctor._torch().status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "a driver of CUDA 13.0"), ({"capability": (7, 5)}, "compute capability 7.5: the kernels need 8.0"),
+        ({"driver": 12020}, "this driver has 12.2"), ({"bindings": False}, "pip install 'cuda-bindings==13.*'"),
+        ({"cupy": 12}, "pip uninstall -y cupy-cuda12x && pip install cupy-cuda13x"),
+    ],
+)  # fmt: skip
+def test_what_the_graph_engine_lacks(machine, changes, said):  # noqa: F811
+    machine(**changes)
+    found = doctor._graphs()
+    assert found.status == ("missing" if changes else "ok")
+    assert said in found.detail
 
 
 def test_the_command(sedac):

@@ -15,6 +15,7 @@ import importlib
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ OWN = {
     "entropy": ("entropy_state.cuh",), "norm_route": ("router_parts.cuh",), "router_few": ("router_parts.cuh",),
     "skinny": ("linear_parts.cuh",), "batch": ("linear_parts.cuh",),
 }  # fmt: skip
+CUPYS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
+"""Names that CuPy is installed under. All of them hold the same files."""
 PORTABLE_CLUSTER = 8
 """Blocks of a cluster that every chip with clusters takes; more must be asked for."""
 OPTIONS = ("-std=c++17", "-ftz=true")
@@ -59,24 +62,55 @@ def kind(tensor: Tensor, name: str) -> int:
     return KINDS[tensor.dtype]
 
 
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def install_cupy(major: str, installed: Sequence[str]) -> str:
+    """The commands after which there is CuPy for this CUDA and no other: two in one environment break each other."""
+    remove = f"pip uninstall -y {' '.join(installed)} && " if installed else ""
+    return f"{remove}pip install cupy-cuda{major}x"
+
+
 @functools.cache
 def require_gpu() -> Any:
     """CuPy, once everything it needs is known to be there."""
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is visible: on the CPU use the plain-torch twins in sedac_cli.gpu.reference")
-    version = torch.version.cuda
-    if version is None:
+    built = torch.version.cuda
+    if built is None:
         raise RuntimeError("this torch was not built for CUDA: the kernels need NVIDIA's CUDA 12 or 13")
-    major = version.split(".")[0]
-    package = f"cupy-cuda{major}x"
+    major = built.split(".")[0]
+    command = install_cupy(major, [name for name in CUPYS if installed_version(name)])
     try:
         cupy = importlib.import_module("cupy")
     except ImportError as error:
-        raise RuntimeError(f"the kernels need CuPy ({error}): pip install {package}") from error
+        raise RuntimeError(f"the kernels need CuPy ({error}): {command}") from error
     found = cupy.cuda.runtime.runtimeGetVersion() // 1000
     if found != int(major):
-        raise RuntimeError(f"torch uses CUDA {version} but CuPy is built for CUDA {found}: pip install {package}")
+        raise RuntimeError(f"torch uses CUDA {built} but CuPy is built for CUDA {found}: {command}")
     return cupy
+
+
+def require_kernels(device: torch.device) -> None:
+    """CuPy, and a GPU that the kernels can be compiled for."""
+    require_gpu()
+    properties(device_index(device))
+
+
+def require_bindings() -> None:
+    """What CuPy has no calls for: launches with attributes, conditional nodes."""
+    major = (torch.version.cuda or "").split(".")[0]
+    for name in ("driver", "runtime"):
+        try:
+            importlib.import_module(f"cuda.bindings.{name}")
+        except ImportError as error:
+            raise RuntimeError(
+                f"CUDA graphs need cuda-bindings ({error}): pip install 'cuda-bindings=={major}.*'"
+            ) from error
 
 
 def require_conditional_nodes() -> Any:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sedac_cli.errors import InputError, UsageError
+from sedac_cli.errors import InputError, UsageError, did_you_mean
 from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.models import LoadedModel, pick_device
-from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, generate
+from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, generate
 from sedac_cli.runtime.plan import Plan
 
 ENGINES = ("auto", "eager", "graph")
@@ -31,7 +31,9 @@ class Used:
 def require_engine(engine: str, device: str) -> None:
     """What this machine lacks for an engine asked for by name, said before a model is loaded, which may take minutes."""
     if engine not in ENGINES:
-        raise UsageError(f"engine '{engine}' is not known", hint=", ".join(ENGINES))
+        raise UsageError(
+            f"--engine: '{engine}' is not known.{did_you_mean(engine, list(ENGINES))}", hint=", ".join(ENGINES)
+        )
     if engine == "graph":
         from sedac_cli.runtime.graph.capture import require_graphs
 
@@ -52,9 +54,10 @@ def generate_with(
         return generate(loaded, plan.gate, prompts, options, plan.standin, deep=deep), Used("eager")
     from sedac_cli.runtime.graph import GraphEngine
 
-    length = encode_prompts(loaded, prompts, options)["input_ids"].shape[1] + options.max_new_tokens
+    width = encode_prompts(loaded, prompts, options)["input_ids"].shape[1]
+    check_room(loaded, width, options.max_new_tokens)  # before there is a cache of that size
     try:
-        graph = GraphEngine(loaded, plan, batch=len(prompts), max_length=length)
+        graph = GraphEngine(loaded, plan, batch=len(prompts), max_length=width + options.max_new_tokens)
         return graph.generate(prompts, options), Used("graph", graph.path, graph.notes)
     except InputError as error:
         if engine == "graph":

@@ -130,7 +130,9 @@ def check_room(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
     if limit and prompt + new_tokens > limit:
         raise InputError(
             f"a prompt of {prompt} tokens and {new_tokens} new ones exceed the model's {limit} positions",
-            hint=f"--max-new-tokens {max(1, limit - prompt)} or a shorter prompt",
+            hint=f"--max-new-tokens {limit - prompt} or a shorter prompt"
+            if prompt < limit
+            else f"a prompt of at most {limit - 1} tokens",
         )
 
 

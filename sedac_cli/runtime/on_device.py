@@ -1,7 +1,7 @@
 """Many rows on a GPU: packed, run and put back there, while the host is already at the next layer.
 
-Where an MLP is not of the kind that grouped products can run (quantized, with biases, experts), or a gate blends, the host
-packs the rows as everywhere else.
+Where an MLP is not of the kind that grouped products can run (quantized, with biases, experts), a gate blends, or the kernels
+cannot run on this machine, the host packs the rows as everywhere else.
 
     work = OnDevice.of(branch, gate, standin)       # or None
     y = work(x, leave)                              # [rows, hidden]
@@ -9,9 +9,12 @@ packs the rows as everywhere else.
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sedac_cli.gates.base import Gate
@@ -19,6 +22,8 @@ from sedac_cli.gates.soft import SoftGate
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Branch
+
+log = logging.getLogger("sedac")
 
 PACK_FROM = 2048
 """Rows from which a GPU packs them itself (grouped products that end at a count on the device): nobody waits for the host."""
@@ -43,10 +48,23 @@ class OnDevice:
             mlp = PackedMlp.of(branch.entry, activation_of(branch.entry))
         except NotStandardError:
             return None
-        return None if mlp is None else cls(mlp, module)
+        return cls(mlp, module) if mlp is not None and packs(mlp.gate.device) else None
 
     def __call__(self, x: Tensor, leave: Tensor) -> Tensor:
         pair = None
         if self.standin is not None:
             pair = tuple(p.detach().to(x) for p in (self.standin.a, self.standin.b, self.standin.bias))
         return self.mlp(x, leave, pair)
+
+
+@functools.cache
+def packs(device: torch.device) -> bool:
+    """Whether the kernels run there. Nobody asks for them by name, so without them the host packs; that is said once."""
+    from sedac_cli.gpu.compile import require_kernels
+
+    try:
+        require_kernels(device)
+    except RuntimeError as error:
+        log.warning("passes of %d rows and more wait for the host on %s: %s", PACK_FROM, device, error)
+        return False
+    return True

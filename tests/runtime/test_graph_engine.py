@@ -123,7 +123,7 @@ def test_tokens_come_as_they_are_made_and_can_be_stopped(tiny):
 def test_what_does_not_fit_is_said(tiny):
     engine = engine_of(tiny)
     with pytest.raises(InputError, match="exceed the 120 places"):
-        engine.generate(["the sea " * 50], GenerateOptions(max_new_tokens=40))
+        engine.generate(["the sea " * 25], GenerateOptions(max_new_tokens=40))
     with pytest.raises(InputError, match="2 prompts at once"):
         engine.generate(PROMPTS[:2], GenerateOptions(max_new_tokens=4))
     with pytest.raises(InputError, match="needs a CUDA GPU"):

@@ -93,6 +93,7 @@ def test_a_model_with_dynamic_positions_generates_what_transformers_generates(tm
     engine = GraphEngine(loaded, make_plan("never", loaded.decoder), max_length=120, capture=False)
     assert engine.path == "fused"
     assert engine.step.lookup.tables is None
+    loaded.model.config.max_position_embeddings = 120  # beyond this is refused; the module goes on counting from 32
     ids = loaded.tokenizer("the sea", return_tensors="pt")["input_ids"]
     expected = loaded.model.generate(ids, max_new_tokens=60, eos_token_id=None, do_sample=False)
     done = engine.run(ids, torch.ones_like(ids), GenerateOptions(max_new_tokens=60))

@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sedac_cli.errors import InputError, SedacError, no_room, ran_out
+from sedac_cli.gates.span import SpanGate
+from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.plan import Plan
 
+EAGER = "--engine eager (of sedac serve: --backend eager)"
 SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
 
@@ -42,7 +46,7 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
             raise no_room(error, "while a decode step was captured", SMALLER) from error
         raise InputError(
             f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
-            hint="--engine eager runs any model",
+            hint=f"{EAGER} runs any model",
         ) from error
     return graph.replay
 
@@ -58,16 +62,32 @@ def memory_said(batch: int, max_length: int) -> Iterator[None]:
         raise no_room(error, f"for a cache of {batch} x {max_length} tokens", SMALLER) from error
 
 
+def require_served(loaded: LoadedModel, plan: Plan) -> None:
+    """Refuse what the graph engine serves on no machine."""
+    if loaded.model.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise InputError(
+            f"{type(loaded.model).__name__} computes in {loaded.model.dtype}: the graph engine runs float32, float16 and bfloat16",
+            hint=f"--dtype float32, or {EAGER}",
+        )
+    if isinstance(plan.gate, SpanGate):
+        raise InputError(
+            "the graph engine skips MLPs; tokens that skip whole layers (ghost K and V) run in the eager engine",
+            hint=EAGER,
+        )
+
+
 def require_graphs(device: torch.device) -> None:
-    """A GPU, CuPy of its CUDA, and a driver with conditional nodes; otherwise what is missing."""
-    from sedac_cli.gpu.compile import require_conditional_nodes
+    """A GPU that the kernels run on, CuPy and cuda-bindings, a driver with conditional nodes; otherwise what is missing."""
+    from sedac_cli.gpu.compile import require_bindings, require_conditional_nodes, require_kernels
 
     if device.type != "cuda":
         raise InputError(
             f"the graph engine needs a CUDA GPU; the model's device is {device}",
-            hint="--engine eager (of sedac serve: --backend eager) runs anywhere",
+            hint=f"{EAGER} runs anywhere",
         )
     try:
+        require_kernels(device)
         require_conditional_nodes()
+        require_bindings()
     except RuntimeError as error:
-        raise InputError(str(error), hint="--engine eager needs none of this") from None
+        raise InputError(str(error), hint=f"{EAGER} needs none of this") from None

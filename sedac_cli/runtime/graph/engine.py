@@ -11,6 +11,7 @@ measured to be the model's own; any other through its own code, and `notes` says
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,25 +21,30 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import InputError, SedacError, ran_out
-from sedac_cli.gates.span import SpanGate
+from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.models import LoadedModel
-from sedac_cli.runtime.generate import Generated, GenerateOptions, encode_prompts, end_tokens
-from sedac_cli.runtime.graph.capture import captured, memory_said, require_graphs
+from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, end_tokens
+from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, require_graphs, require_served
 from sedac_cli.runtime.graph.describe import describe
-from sedac_cli.runtime.graph.fused import FusedStep
-from sedac_cli.runtime.graph.generic import GenericStep
+from sedac_cli.runtime.graph.fused import FusedStep, TooManyRowsError
+from sedac_cli.runtime.graph.generic import GenericStep, refuse
 from sedac_cli.runtime.graph.ops import KernelOps, Ops, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
+from sedac_cli.runtime.graph.rotation import check_rotation, last_place
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
-from sedac_cli.runtime.graph.standard import NotStandardError, standard_model
+from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
 from sedac_cli.runtime.graph.state import Burst, KVCache, State, cache_layers
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import Pass, skipping
 from sedac_cli.standins import ZeroStandIn
 
+log = logging.getLogger("sedac")
+
 BURST = 8
 AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far fused logits may be from the model's own, as a share of their norm."""
+"""How far a step's logits may be from the model's own, as a share of their norm."""
+SHORT, LONG = 6, 64
+"""Tokens over which that is measured: the first of a sequence, and the last for which cache and model have positions."""
 
 
 @dataclass
@@ -83,11 +89,7 @@ class GraphEngine:
         """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out."""
         if capture:
             require_graphs(loaded.device)
-        if isinstance(plan.gate, SpanGate):
-            raise InputError(
-                "the graph engine skips MLPs; tokens that skip whole layers (ghost K and V) run in the eager engine",
-                hint="--engine eager",
-            )
+        require_served(loaded, plan)
         if batch < 1 or max_length < 2:
             raise InputError(f"a graph engine for {batch} sequences of {max_length} tokens")
         self.loaded, self.plan, self.batch, self.burst, self.capture = loaded, plan, batch, burst, capture
@@ -98,6 +100,7 @@ class GraphEngine:
         with memory_said(batch, max_length):
             self.cache = KVCache(loaded, batch, max_length + burst)
         layers = loaded.decoder.num_layers
+        self.last_place = last_place(loaded.decoder, max_length)
         self.program: Program = (
             ForcedProgram(layers, batch, self.device) if forced else make_program(plan.gate, batch, self.device)
         )
@@ -110,28 +113,43 @@ class GraphEngine:
     # Steps ------------------------------------------------------------------------------------------------------------
 
     def _make_step(self, fused: bool | None) -> FusedStep | GenericStep:
-        loaded, reason = self.loaded, "asked for"
+        reason, name, crowded = "asked for", type(self.loaded.model).__name__, False
         if fused is not False:
             try:
-                standard = standard_model(loaded.decoder)
-                if loaded.model.dtype == torch.float32 and self.device.type == "cuda":
-                    raise NotStandardError("the decode kernels read float16 and bfloat16 weights")
-                apart = self._apart(
-                    lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program)
-                )
-                if not apart <= AGREE[loaded.model.dtype]:
-                    raise NotStandardError(
-                        f"its layers look standard, but the kernels' logits are off by {apart:.2g} of their norm"
-                    )
                 self.path = "fused"
-                return FusedStep(loaded.decoder, standard, self.plan.standin, self.cache, self.program)
+                return self._fused_step()
             except NotStandardError as error:
-                reason = str(error)
+                reason, crowded = str(error), isinstance(error, TooManyRowsError)
                 if fused:
-                    raise InputError(f"{type(loaded.model).__name__} cannot run fused: {reason}") from None
+                    raise InputError(f"{name} cannot run fused: {reason}") from None
         self.path = "generic"
         self.notes.append(f"steps run through the model's own code: {reason}")
-        name = type(loaded.model).__name__
+        try:
+            return self._generic_step(name)
+        except InputError as error:
+            if not crowded:
+                raise
+            raise InputError(
+                f"{reason}, and {error.message}",
+                hint=f"{EAGER}, or at most {MAX_SKINNY_ROWS} sequences at once (--batch)",
+            ) from error
+
+    def _fused_step(self) -> FusedStep:
+        loaded = self.loaded
+        standard = standard_model(loaded.decoder)
+        if self.device.type == "cuda":
+            check_kernels(standard, loaded.decoder)
+        check_rotation(loaded.decoder, standard.rotary, self.last_place)
+        apart = self._apart(lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program))
+        if not apart <= AGREE[loaded.model.dtype]:
+            raise NotStandardError(
+                f"its layers look standard, but the kernels' logits are off by {apart:.2g} of their norm"
+            )
+        return FusedStep(loaded.decoder, standard, self.plan.standin, self.cache, self.program)
+
+    def _generic_step(self, name: str) -> GenericStep:
+        loaded = self.loaded
+        refuse(loaded, self.max_length)
         try:
             apart = self._apart(lambda program: GenericStep(loaded, ZeroStandIn(), self.cache, program))
         except SedacError:
@@ -139,28 +157,41 @@ class GraphEngine:
         except Exception as error:
             if ran_out(error):
                 raise
+            log.debug("a step of %s failed", name, exc_info=True)
             raise InputError(
-                f"{name} cannot take one token over a cache of fixed size: {error}", hint="--engine eager"
+                f"{name} cannot take one token over a cache of fixed size: its code is not written for it "
+                f"({type(error).__name__})",
+                hint=EAGER,
             ) from error
         if not apart <= AGREE[loaded.model.dtype]:
             raise InputError(
                 f"{name} over a cache of fixed size is off by {apart:.2g} of its logits' norm: it counts or masks positions in "
                 "a way of its own",
-                hint="--engine eager",
+                hint=EAGER,
             )
         return GenericStep(loaded, self.plan.standin, self.cache, self.program)
 
-    @torch.inference_mode()
     def _apart(self, make: Callable[[Program], Callable[[State], Tensor]]) -> float:
-        """How far one step's logits are from the model's own forward pass, on a few tokens, as a share of their norm."""
-        loaded, length = self.loaded, 6
+        """How far a step's logits are from the model's own forward pass, as a share of their norm: the larger of two distances."""
+        step = make(Program(self.loaded.decoder.num_layers, self.batch, self.device))
+        last = self.last_place
+        long = min(LONG, last + 1 if last else self.max_length)
+        begin = last + 1 - long if last and takes(self.loaded.model, "position_ids") else 0
+        found = [self._apart_after(step, min(SHORT, long), 0), self._apart_after(step, long, begin)]
+        return float(torch.tensor(found).max())  # NaN, if one of them is
+
+    @torch.inference_mode()
+    def _apart_after(self, step: Callable[[State], Tensor], length: int, begin: int) -> float:
+        """After so many random tokens, the first of which stands at position `begin`."""
+        loaded = self.loaded
         ids = torch.randint(0, loaded.decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(
             self.device
         )
-        own = loaded.model(input_ids=ids, use_cache=False).logits[0, -1].float()
-        step = make(Program(loaded.decoder.num_layers, self.batch, self.device))
-        _, prompt, _ = self._prompt(ids[:, :-1], torch.ones_like(ids[:, :-1]), gated=False)
-        self._load(ids[:, :-1], torch.ones_like(ids[:, :-1]), prompt, ids[:, -1])
+        mask = torch.ones_like(ids)
+        own = loaded.model(**self._arguments(ids, mask, begin), use_cache=False).logits[0, -1].float()
+        _, prompt, _ = self._prompt(ids[:, :-1], mask[:, :-1], gated=False, begin=begin)
+        self._load(ids[:, :-1], mask[:, :-1], prompt, ids[:, -1])
+        self.state.position[0] += begin
         found = step(self.state)[0].float()
         return float((found - own).norm() / own.norm())
 
@@ -208,20 +239,24 @@ class GraphEngine:
 
     # A whole call -----------------------------------------------------------------------------------------------------
 
+    def _arguments(self, ids: Tensor, mask: Tensor, begin: int = 0) -> dict[str, Tensor | int]:
+        """What the model's forward gets, as far as it takes it."""
+        position = (mask.long().cumsum(1) - 1).clamp_min(0) + begin
+        given: dict[str, Tensor | int] = {
+            "input_ids": ids, "attention_mask": mask, "position_ids": position, "logits_to_keep": 1
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if takes(self.loaded.model, name)}
+
     @torch.inference_mode()
     def _prompt(
-        self, ids: Tensor, mask: Tensor, gated: bool = True
+        self, ids: Tensor, mask: Tensor, gated: bool = True, begin: int = 0
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Pass | None]:
         """(logits of the last tokens, keys and values per layer, what was skipped)."""
         from transformers import DynamicCache
 
         loaded = self.loaded
         cache = DynamicCache(config=loaded.model.config)
-        given = {
-            "input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True,
-            "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0), "logits_to_keep": 1,
-        }  # fmt: skip
-        arguments = {name: value for name, value in given.items() if takes(loaded.model, name)}
+        arguments = self._arguments(ids, mask, begin) | {"past_key_values": cache, "use_cache": True}
         seen: Pass | None = None
         if gated and not self.forced:
             with skipping(
@@ -260,6 +295,7 @@ class GraphEngine:
         rows, width = ids.shape
         if rows > self.batch:
             raise InputError(f"{rows} prompts at once: this engine was made for {self.batch}")
+        check_room(self.loaded, width, options.max_new_tokens)
         if width + options.max_new_tokens > self.max_length:
             raise InputError(
                 f"a prompt of {width} tokens and {options.max_new_tokens} new ones exceed the {self.max_length} places of the "

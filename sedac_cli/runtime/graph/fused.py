@@ -12,13 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS, Others
 from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.lookup import Lookup
 from sedac_cli.runtime.graph.ops import make_ops
 from sedac_cli.runtime.graph.programs import Entry, Program
-from sedac_cli.runtime.graph.standard import Layer, Linear, Standard
+from sedac_cli.runtime.graph.standard import Layer, Linear, NotStandardError, Standard
 from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn
@@ -27,12 +26,16 @@ from sedac_cli.structure import Decoder
 NEITHER: Others = (None, None)
 
 
+class TooManyRowsError(NotStandardError):
+    """The model may be standard, the batch is not."""
+
+
 class FusedStep:
     def __init__(self, decoder: Decoder, standard: Standard, standin: StandIn, cache: KVCache, program: Program):
         self.decoder, self.standard, self.cache, self.program = decoder, standard, cache, program
         rows = program.rows
         if rows > MAX_SKINNY_ROWS:
-            raise InputError(f"{rows} sequences at once: the graph engine takes up to {MAX_SKINNY_ROWS}")
+            raise TooManyRowsError(f"{rows} sequences at once: the decode kernels take up to {MAX_SKINNY_ROWS}")
         embedding = decoder.model.get_input_embeddings()
         dtype = embedding.weight.dtype
         self.ops = make_ops(rows, dtype, decoder.device)

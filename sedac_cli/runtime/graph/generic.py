@@ -21,6 +21,7 @@ from transformers import Cache
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.graph.branches import Branches
+from sedac_cli.runtime.graph.capture import EAGER
 from sedac_cli.runtime.graph.programs import Program
 from sedac_cli.runtime.graph.state import KVCache, State
 from sedac_cli.standins import StandIn
@@ -54,7 +55,6 @@ class SlotCache(Cache):
 
 class GenericStep:
     def __init__(self, loaded: LoadedModel, standin: StandIn, cache: KVCache, program: Program):
-        refuse(loaded, cache.places)
         self.loaded, self.standin, self.cache, self.program = loaded, standin, cache, program
         self.device = loaded.device
         self.dtype = loaded.model.get_input_embeddings().weight.dtype
@@ -169,7 +169,7 @@ class GenericStep:
         return work
 
 
-def refuse(loaded: LoadedModel, places: int) -> None:
+def refuse(loaded: LoadedModel, length: int) -> None:
     """What the model's own code would get wrong with a fixed cache and one mask for all layers."""
     config = loaded.model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -178,16 +178,16 @@ def refuse(loaded: LoadedModel, places: int) -> None:
         isinstance(window, int) and getattr(config, "use_sliding_window", True) and not kinds
     )
     reach = window if isinstance(window, int) else getattr(config, "attention_chunk_size", None)
-    if slides and isinstance(reach, int) and places > reach:
+    if slides and isinstance(reach, int) and length > reach:
         raise InputError(
-            f"{type(loaded.model).__name__} attends within a window of {reach} tokens, the cache holds {places}: its own code "
+            f"{type(loaded.model).__name__} attends within a window of {reach} tokens, the cache is for {length}: its own code "
             "cannot be captured with it",
-            hint=f"--engine eager, or fewer than {reach} tokens in all",
+            hint=f"{EAGER}, or at most {reach} tokens in all",
         )
     strange = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
     if strange:
         raise InputError(
             f"{type(loaded.model).__name__} has layers of kind {', '.join(sorted(strange))}: the graph engine serves attention "
             "with a cache of keys and values only",
-            hint="--engine eager",
+            hint=EAGER,
         )

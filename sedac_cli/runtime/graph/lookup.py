@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from sedac_cli.gpu.compile import KINDS
 from sedac_cli.gpu.step import Turns
 from sedac_cli.runtime.graph.ops import Ops
+from sedac_cli.runtime.graph.rotation import FIXED
 from sedac_cli.runtime.graph.state import State
 
-FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
-"""Kinds of rotary positions whose frequencies transformers computes once; those of `dynamic` and `longrope` follow the length."""
 CHUNK = 4096
 """Places at a time while tables are made: float32 on the way to them is then small beside a cache."""
 

@@ -4,7 +4,8 @@ What is recognised can be run by the decode kernels; whether the kernels then co
 but measured (`engine.py` compares logits). Everything else says why it is not this layer, and runs through the model's own
 code.
 
-    layers = standard_layers(decoder)        # or NotStandardError, with the reason
+    standard = standard_model(decoder)       # or NotStandardError, with the reason
+    check_kernels(standard, decoder)         # that it lies in memory as the kernels, not only their twins, read it
 """
 
 from __future__ import annotations
@@ -77,6 +78,31 @@ def standard_model(decoder: Decoder) -> Standard:
     windows = _windows(decoder)
     layers = [_layer(module, index, size, windows[index]) for index, module in enumerate(decoder.layers)]
     return Standard(layers, _norm(norm, "the final norm"), rotary)
+
+
+def check_kernels(standard: Standard, decoder: Decoder) -> None:
+    dtype, device = decoder.model.dtype, decoder.device
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise NotStandardError("the decode kernels read float16 and bfloat16 weights")
+    head = decoder.model.get_output_embeddings()
+    maps = [Linear([head.weight], [head.bias])] if type(head) is nn.Linear else []
+    norms = [standard.norm]
+    for layer in standard.layers:
+        maps += [layer.qkv, layer.out, Linear([layer.gate, layer.up], list(layer.mlp_biases or [])), layer.down]
+        norms += [layer.norm, layer.mlp_norm, *(layer.head_norms or ())]
+    weights = [weight for linear in maps for weight in linear.weights]
+    biases = [bias for linear in maps for bias in linear.biases if bias is not None]
+    embedding = decoder.model.get_input_embeddings().weight
+    for tensor in (embedding, *weights, *biases, *(norm.weight for norm in norms)):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise NotStandardError(
+                f"the decode kernels read weights of one kind: {dtype} on {device}, here {tensor.dtype} on {tensor.device}"
+            )
+    for weight in weights:
+        if weight.shape[1] % 8 or not weight.is_contiguous():
+            raise NotStandardError(
+                f"the decode kernels read dense rows whose width is divisible by 8, here {weight.shape[1]}"
+            )
 
 
 def _windows(decoder: Decoder) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.graph.capture import EAGER
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,6 @@ def cache_layers(loaded: LoadedModel, cache: Any) -> list[tuple[Tensor, Tensor]]
     if not good:
         raise InputError(
             f"{type(loaded.model).__name__} keeps no keys and values per layer: the graph engine cannot serve it",
-            hint="--engine eager",
+            hint=EAGER,
         )
     return found  # type: ignore[return-value]
