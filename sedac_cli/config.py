@@ -126,6 +126,10 @@ def _as_typed(value: Any, repeated: bool, where: str) -> str | list[str]:
     return words if repeated else ",".join(words)
 
 
+SHAPE = "shape:"
+"""Begins the name of a model with random weights in the shape of a known one: speed can be measured with it, nothing else."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Which model, and how to load it. `ref` is `builtin:tiny`, a local folder or a hub id."""

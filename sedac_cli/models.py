@@ -17,16 +17,14 @@ from typing import Any
 import torch
 
 from sedac_cli.artifacts.manifest import ModelIdentity
-from sedac_cli.config import ModelSpec
-from sedac_cli.errors import InputError, UsageError
+from sedac_cli.config import SHAPE, ModelSpec
+from sedac_cli.errors import InputError, UsageError, did_you_mean
 from sedac_cli.resources import data_dir
 from sedac_cli.structure import Decoder, find_decoder
 
 log = logging.getLogger("sedac")
 
 BUILTIN = "builtin:"
-SHAPE = "shape:"
-"""Random weights in the shape of a known model: speed can be measured with it, nothing else."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What makes two models the same architecture; read from the text part of the configuration.
@@ -54,10 +52,9 @@ def load_model(spec: ModelSpec | str) -> LoadedModel:
         spec = ModelSpec(ref=spec)
     device = pick_device(spec.device)
     if spec.ref.startswith(SHAPE):
-        from sedac_cli.shapes import shaped_model
+        from sedac_cli.shapes import load_shape
 
-        dtype = DTYPES.get(spec.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return shaped_model(spec.ref.removeprefix(SHAPE), device, dtype)
+        return load_shape(spec, device)
     path, is_hub = resolve(spec.ref)
     options = _load_options(spec, device)
     model = _from_pretrained("model", path, is_hub, spec, options)
@@ -125,11 +122,16 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def named_dtype(name: str) -> torch.dtype | None:
+    """None for `auto`."""
+    if name != "auto" and name not in DTYPES:
+        known = ["auto", *DTYPES]
+        raise UsageError(f"--dtype: '{name}' is not known.{did_you_mean(name, known)}", hint=", ".join(known))
+    return DTYPES.get(name)
+
+
 def _load_options(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
-    if spec.dtype != "auto" and spec.dtype not in DTYPES:
-        raise UsageError(f"--dtype: '{spec.dtype}' is not known", hint="auto, " + ", ".join(DTYPES))
-    on_cpu = device.type == "cpu"
-    dtype: Any = (torch.float32 if on_cpu else "auto") if spec.dtype == "auto" else DTYPES[spec.dtype]
+    dtype: Any = named_dtype(spec.dtype) or (torch.float32 if device.type == "cpu" else "auto")
     options: dict[str, Any] = {"dtype": dtype}
     if spec.load_in_4bit:
         from transformers import BitsAndBytesConfig

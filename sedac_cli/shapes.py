@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from sedac_cli.errors import InputError, UsageError
-from sedac_cli.models import SHAPE, LoadedModel, identify
+from sedac_cli.config import SHAPE, ModelSpec
+from sedac_cli.errors import InputError, UsageError, did_you_mean
+from sedac_cli.models import LoadedModel, identify, named_dtype
 from sedac_cli.structure import find_decoder
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +42,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def load_shape(spec: ModelSpec, device: torch.device) -> LoadedModel:
+    """`shape:NAME` as `load_model` has it; options about the files of a model are refused, for there are none."""
+    given = {
+        "--revision": spec.revision, "--device-map": spec.device_map, "--load-in-4bit": spec.load_in_4bit,
+        "--trust-remote-code": spec.trust_remote_code,
+    }  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise UsageError(
+                f"{option} is about the files of a model; {spec.ref} has random weights", hint="leave it out"
+            )
+    dtype = named_dtype(spec.dtype) or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return shaped_model(spec.ref.removeprefix(SHAPE), device, dtype)
+
+
 def shaped_model(
     name: str, device: torch.device | str, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> LoadedModel:
@@ -48,7 +64,7 @@ def shaped_model(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name not in SHAPES:
-        raise UsageError(f"no shape '{name}'", hint=f"known: {', '.join(SHAPES)}")
+        raise UsageError(f"no shape '{name}'.{did_you_mean(name, list(SHAPES))}", hint=f"known: {', '.join(SHAPES)}")
     family, values = SHAPES[name]
     config = AutoConfig.for_model(family, **values | {"max_position_embeddings": 32768} | changes)
     torch.manual_seed(0)

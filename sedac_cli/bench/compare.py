@@ -99,22 +99,39 @@ def compare_documents(
             (("earlier", mine, theirs), ("later", theirs, mine)) for name in own if name not in other]  # fmt: skip
     changes: list[Change] = []
     for name in shared:
-        cells = {cell["label"]: cell for cell in mine[name]["cells"]}
-        for cell in theirs[name]["cells"]:
-            if cell["label"] not in cells:
-                only.append(f"only in the later run: {name}, {cell['label']}")
+        cells, others = _by_work(mine[name]), _by_work(theirs[name])
+        for work, cell in others.items():
+            if work not in cells:
+                only.append(f"only in the later run: {name}, {work}")
                 continue
-            pair = cells[cell["label"]], cell
-            for figure, a, b, more in _samples(*pair):
+            engines = [_engine(found, run) for found, run in ((cells[work], mine[name]), (cell, theirs[name]))]
+            if engines[0] != engines[1]:
+                only.append(f"another engine: {name}, {work}: {engines[0]} before, {engines[1]} after")
+            for figure, a, b, more in _samples(cells[work], cell):
                 if np.median(a) == 0:
-                    only.append(f"no ratio: {name}, {cell['label']}: {figure} was 0 and is {np.median(b):.4g}")
+                    only.append(f"no ratio: {name}, {work}: {figure} was 0 and is {np.median(b):.4g}")
                     continue
                 drawn = _ratio_of_medians(rng, a, b)
-                changes.append(_change(name, cell["label"], figure, np.median(a), np.median(b), drawn, more, len(a), len(b),
+                changes.append(_change(name, work, figure, np.median(a), np.median(b), drawn, more, len(a), len(b),
                                        confidence, min_change))  # fmt: skip
         changes += _quality(rng, name, mine[name], theirs[name], confidence, min_change)
         changes += _tasks(rng, name, mine[name], theirs[name], confidence, min_change)
     return Comparison(_environment(before, after), changes, only)
+
+
+def _by_work(configuration: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cells by their work. Only where one was measured in two engines, as dense may be, is the engine part of its name."""
+    labels = [cell["label"] for cell in configuration["cells"]]
+    return {
+        cell["label"] if labels.count(cell["label"]) == 1 else f"{cell['label']}, {cell['engine']}": cell
+        for cell in configuration["cells"]
+    }
+
+
+def _engine(cell: dict[str, Any], configuration: dict[str, Any]) -> str | None:
+    """Files of earlier versions name it once for all cells."""
+    found: str | None = cell.get("engine") or configuration.get("engine")
+    return found
 
 
 def _samples(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Array, Array, bool]]:

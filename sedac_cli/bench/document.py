@@ -6,6 +6,7 @@ write_document(folder, document); read_document(folder / "bench.json")
 from __future__ import annotations
 
 import datetime
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,23 @@ def new_document(matrix: Matrix, backend: Backend, workload: str, command: list[
         "configurations": [],
         "missed": [],
         "crashed": [],
-        "random_weights": False,
+        "random_weights": matrix.random_weights,
     }
 
 
 def write_document(folder: Path, document: dict[str, Any]) -> None:
     write_json(folder / FILE, document)
+
+
+def work_label(configurations: Iterable[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """What a cell measured, in words; with its engine where these configurations ran in more than one."""
+    engines = {cell.get("engine") for configuration in configurations for cell in configuration.get("cells") or []}
+
+    def label(cell: dict[str, Any]) -> str:
+        told = str(cell.get("label", "-"))
+        return f"{told}, {cell['engine']}" if len(engines) > 1 and cell.get("engine") else told
+
+    return label
 
 
 def read_document(path: Path) -> dict[str, Any]:

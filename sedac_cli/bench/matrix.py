@@ -8,6 +8,7 @@ The form is that of the earlier versions' test matrices (`base_model`, `experime
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sedac_cli.artifacts.files import read_json
 from sedac_cli.bench.modes import Mode, find_mode
+from sedac_cli.config import SHAPE
 from sedac_cli.errors import UsageError, did_you_mean
 from sedac_cli.resources import data_dir
 
 BUILTIN = "builtin:"
-BACKENDS = ("hf", "vllm", "openai")
-ENGINES = ("auto", "eager", "graph")
 BackendName = Literal["hf", "vllm", "openai"]
 EngineName = Literal["auto", "eager", "graph"]
 
@@ -124,6 +124,10 @@ class Experiment(Strict):
         return self
 
 
+DENSE = Experiment(name="dense", mode="dense")
+"""What is measured where a matrix names no dense experiment."""
+
+
 def _methods(mode: Mode) -> list[str]:
     return [{"gate": "sedac"}.get(part, part) for part in (mode.draft or "").split("_") if part]
 
@@ -176,6 +180,11 @@ class Matrix(Strict):
         if twice:
             raise ValueError(f"two experiments are called '{twice[0]}'")
         return self
+
+    @property
+    def random_weights(self) -> bool:
+        """Known before anything is measured."""
+        return self.base_model.startswith(SHAPE)
 
     def limits(self, experiment: Experiment) -> Thresholds:
         """The experiment's own thresholds over those of the matrix."""
@@ -231,4 +240,6 @@ def _explain(error: Any) -> str:
             model = _KEYS.get(str(part), model)
         return f"unknown key '{at}'.{did_you_mean(str(place[-1]), list(model.model_fields))}"
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        message += "." + did_you_mean(str(error["input"]), re.findall(r"'([^']+)'", error["ctx"]["expected"]))
     return f"{at}: {message}" if at else message

@@ -5,17 +5,18 @@ plan = plan_of(experiment, loaded.decoder, loaded.identity, seed=0)
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from sedac_cli.artifacts.manifest import ModelIdentity
 from sedac_cli.bench.matrix import Experiment
-from sedac_cli.errors import UsageError
+from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.adaptive import AdaptiveThresholds
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
 from sedac_cli.gates.registry import build_gate
 from sedac_cli.gates.simple import NeverGate
 from sedac_cli.probes import LREProbe, load_probe, probe_name
-from sedac_cli.runtime.plan import Plan, make_plan
+from sedac_cli.runtime.plan import Plan, check_spec, make_plan
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.structure import Decoder
 
@@ -23,6 +24,18 @@ from sedac_cli.structure import Decoder
 LAYERS = [7, 14, 21]
 THRESHOLDS = [0.8, 1.3, 1.7]
 EXIT_RATES = [0.2, 0.6, 0.9]
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Refuse what is wrong with its gate whatever the model. A file that is not there is that configuration's crash, later."""
+    if not experiment.how.needs_gate:
+        return
+    if experiment.gate is not None:
+        with contextlib.suppress(InputError):
+            check_spec(experiment.gate)
+        return
+    layers = _layers(experiment)
+    _rates(experiment, layers) if _adapts(experiment) else _thresholds(experiment, layers)
 
 
 def plan_of(experiment: Experiment, decoder: Decoder, identity: ModelIdentity | None, seed: int) -> Plan:

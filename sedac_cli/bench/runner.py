@@ -18,8 +18,9 @@ import numpy as np
 from sedac_cli.artifacts.files import plain
 from sedac_cli.bench.backends import Backend, Cell, Session
 from sedac_cli.bench.document import new_document
-from sedac_cli.bench.matrix import Experiment, Matrix
+from sedac_cli.bench.matrix import DENSE, Experiment, Matrix
 from sedac_cli.bench.metrics import Run, paired, summarize
+from sedac_cli.bench.pairing import Dense, Pair, beside
 from sedac_cli.bench.plans import label_of
 from sedac_cli.bench.workload import Workload
 from sedac_cli.config import TextSpec
@@ -28,7 +29,6 @@ from sedac_cli.errors import InputError, SedacError
 from sedac_cli.pipeline import Progress, quiet_progress
 
 Save = Callable[[dict[str, Any]], None]
-IMPLICIT = Experiment(name="dense", mode="dense")
 
 
 def with_baseline(matrix: Matrix) -> list[Experiment]:
@@ -36,7 +36,7 @@ def with_baseline(matrix: Matrix) -> list[Experiment]:
     dense = [x for x in matrix.experiments if x.is_baseline]
     others = [x for x in matrix.experiments if x not in dense[:1]]
     if not dense and matrix.backend != "openai":
-        dense = [IMPLICIT]
+        dense = [DENSE]
     return dense[:1] + others
 
 
@@ -52,7 +52,7 @@ def run_matrix(
     document["configurations"] = list(results.values())
     cells = backend.cells()
     dense = experiments[0] if experiments[0].is_baseline else None
-    pooled: dict[str, list[Run]] = {}
+    pooled: dict[tuple[str, str], list[Run]] = {}
     rounds = [(cell, experiments) for cell in cells]
     if backend.one_at_a_time and dense is not None and len(experiments) > 1:
         rounds = [(cell, [dense, experiment]) for experiment in experiments[1:] for cell in cells]
@@ -60,6 +60,7 @@ def run_matrix(
         for cell, some in rounds:
             _run_cell(matrix, backend, workload, cell, some, results, pooled, note)
             bar.update(1)
+            document["subject"], document["baseline"] = backend.describe(), backend.baseline
             save(document)
     for experiment in experiments:
         _judge_quality(matrix, backend, workload, experiment, results[experiment.name], seed, note)
@@ -68,7 +69,7 @@ def run_matrix(
         results[experiment.name]["summary"] = _headline(results[experiment.name])
     document["missed"] = [miss for x in experiments if x is not dense for miss in missed(matrix, x, results[x.name])]
     document["crashed"] = [r["name"] for r in results.values() if r["status"] == "crashed"]
-    document["random_weights"] = any((r["quality"] or {}).get("random_weights") for r in results.values())
+    document["random_weights"] |= any((r["quality"] or {}).get("random_weights") for r in results.values())
     document["complete"] = True
     save(document)
     return document
@@ -85,43 +86,48 @@ def _empty(experiment: Experiment) -> dict[str, Any]:
 
 def _run_cell(
     matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, experiments: list[Experiment],
-    results: dict[str, dict[str, Any]], pooled: dict[str, list[Run]], note: Callable[[str], None],
+    results: dict[str, dict[str, Any]], pooled: dict[tuple[str, str], list[Run]], note: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Dense stays open; the others come and go beside it, each paired with dense runs of its own."""
-    dense = experiments[0] if experiments[0].is_baseline else None
-    others = experiments[1:] if dense else experiments
-    measured = pooled.setdefault(cell.label, [])  # dense figures are those of all its runs, beside whatever they were
+    """Dense stays open; the others come and go beside it, each paired with dense runs of its own, in its own engine."""
+    own_dense = results[experiments[0].name] if len(experiments) > 1 and experiments[0].is_baseline else None
+    beside_dense: set[str] = set()
     with ExitStack() as stack:
-        base: Session | None = None
-        if dense is not None:
-            try:
-                base = stack.enter_context(backend.open(dense, cell))
-                results[dense.name]["engine"] = base.engine
-                if not others:
-                    measured += _alone(matrix, backend, workload, cell, base)
-            except Exception as error:
-                _crashed(results[dense.name], cell, error, note)
-                base = None
-        for experiment in others:
+        dense = None
+        if own_dense is not None:
+            dense = Dense(backend, experiments[0], cell, stack, lambda error: _crashed(own_dense, cell, error, note))
+        for experiment in experiments[1:] if dense else experiments:
             result = results[experiment.name]
             try:
-                with backend.open(experiment, cell) as own:
-                    result["engine"] = own.engine
-                    pairs: list[tuple[Run | None, Run]]
-                    if base is None:
-                        pairs = [(None, run) for run in _alone(matrix, backend, workload, cell, own)]
-                    else:
-                        pairs = _interleaved(matrix, backend, workload, cell, base, own, experiment)
-                measured += [run for run, _ in pairs if run is not None]
-                result["cells"].append(_cell(cell, pairs))
+                with beside(backend, experiment, cell, dense) as pair:
+                    _note_refusals(experiment, cell, pair, note)
+                    pairs = _measured(matrix, backend, workload, cell, pair, experiment)
+                measured = [run for run, _ in pairs if run is not None]
+                if measured:  # dense figures are those of all its runs in an engine, beside whatever they were
+                    beside_dense.add(pair.engine)
+                    pooled.setdefault((cell.label, pair.engine), []).extend(measured)
+                _add_cell(result, cell, pairs, pair.engine, pair.refused)
                 _note_failures(result, cell, note)
             except Exception as error:
                 _crashed(result, cell, error, note)
-    if dense is not None and measured:
-        result = results[dense.name]
-        result["cells"] = [c for c in result["cells"] if c["label"] != cell.label]
-        result["cells"].append(_cell(cell, [(None, run) for run in measured]))
-        _note_failures(result, cell, note)
+    if own_dense is not None:
+        for engine in sorted(beside_dense):
+            _add_cell(own_dense, cell, [(None, run) for run in pooled[cell.label, engine]], engine, {})
+            _note_failures(own_dense, cell, note)
+
+
+def _add_cell(
+    result: dict[str, Any], cell: Cell, pairs: list[tuple[Run | None, Run]], engine: str, refused: dict[str, str]
+) -> None:
+    """In place of what was known of the same work in the same engine."""
+    kept = [found for found in result["cells"] if (found["label"], found["engine"]) != (cell.label, engine)]
+    result["cells"] = [*kept, _cell(cell, pairs) | {"engine": engine, "engines_refused": refused}]
+    result["engine"] = ", ".join(dict.fromkeys(found["engine"] for found in result["cells"]))
+
+
+def _note_refusals(experiment: Experiment, cell: Cell, pair: Pair, note: Callable[[str], None]) -> None:
+    for engine, why in pair.refused.items():
+        what = f"{experiment.name} runs" if pair.dense is None else f"{experiment.name} and dense beside it run"
+        note(f"{cell.label}: {what} in the {pair.engine} engine; the {engine} engine refuses: {why}")
 
 
 def _note_failures(result: dict[str, Any], cell: Cell, note: Callable[[str], None]) -> None:
@@ -149,6 +155,14 @@ def _alone(matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, ses
     for _ in range(matrix.warmup):
         session.run(prompts[0][: cell.batch], cell.new_tokens)
     return [session.run(batch, cell.new_tokens) for batch in prompts]
+
+
+def _measured(
+    matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, pair: Pair, experiment: Experiment
+) -> list[tuple[Run | None, Run]]:
+    if pair.dense is None:
+        return [(None, run) for run in _alone(matrix, backend, workload, cell, pair.own)]
+    return _interleaved(matrix, backend, workload, cell, pair.dense, pair.own, experiment)
 
 
 def _interleaved(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac_cli.artifacts.files import atomic_file
+from sedac_cli.bench.document import work_label
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def write_report(path: Path, document: dict[str, Any]) -> None:
         "",
         f"    {' '.join(document['command'])}",
         "",
-        f"- model: {document['matrix']['base_model']}, {subject.get('dtype') or 'dtype unknown'} on {subject.get('device') or 'a server'}"
+        f"- model: {_model(document)}, {subject.get('dtype') or 'dtype unknown'} on {subject.get('device') or 'a server'}"
         + (" (**random weights: figures of quality mean nothing**)" if document["random_weights"] else ""),
         f"- machine: {machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {gpus}; "
         f"{_share(machine['busy_before'])} busy before the run",
@@ -51,6 +52,7 @@ def write_report(path: Path, document: dict[str, Any]) -> None:
     ]
     if not document["complete"]:
         lines += ["**The run did not finish: what follows is what it had.**", ""]
+    lines += [f"- {line}" for line in _refusals(document)]
     for miss in document["missed"]:
         lines.append(f"- **limit missed**: {describe_miss(miss)}")
     for table in tables(document):
@@ -68,32 +70,49 @@ def write_report(path: Path, document: dict[str, Any]) -> None:
         handle.write(("\n".join(lines) + "\n").encode())
 
 
+def _model(document: dict[str, Any]) -> str:
+    """A server says itself what it serves, whatever a matrix takes for granted."""
+    told = document["subject"].get("model")
+    return told if isinstance(told, str) else str(document["matrix"]["base_model"])
+
+
+def _refusals(document: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}, {work}: in the {cell['engine']} engine, as the {engine} engine refused: {why}"
+        for name, work, cell in _each_cell(document)
+        for engine, why in (cell.get("engines_refused") or {}).items()
+    ]
+
+
 def describe_miss(miss: dict[str, Any]) -> str:
     where = f" ({miss['where']})" if miss["where"] else ""
     value = "not measured" if miss["found"] is None else f"{miss['found']:.4f}"
     return f"{miss['configuration']}: {miss['what']} {value}, limit {miss['limit']:g}{where}"
 
 
-def _each_cell(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    labels = list(dict.fromkeys(cell["label"] for c in document["configurations"] for cell in c["cells"]))
+def _each_cell(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(configuration, work, cell), the same work of all configurations together."""
+    configurations = document["configurations"]
+    work = work_label(configurations)
+    labels = list(dict.fromkeys(cell["label"] for c in configurations for cell in c["cells"]))
     return [
-        (configuration, cell)
+        (c["name"], work(cell), cell)
         for label in labels
-        for configuration in document["configurations"]
-        for cell in configuration["cells"]
+        for c in configurations
+        for cell in c["cells"]
         if cell["label"] == label
     ]
 
 
 def _speed(document: dict[str, Any]) -> Table:
     """What a step could not be faster than stands beside it where the run knows it."""
-    known = any(cell.get("floor") for _, cell in _each_cell(document))
+    known = any(cell.get("floor") for _, _, cell in _each_cell(document))
     rows = []
-    for c, cell in _each_cell(document):
+    for name, work, cell in _each_cell(document):
         floor = cell.get("floor") or {}
         share = floor.get("share") or {}
         rows.append([
-            c["name"], cell["label"], _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
+            name, work, _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
             _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
             _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"]),
             *((_ms(floor.get("step_seconds"), 3), _share(share.get("median"))) if known else ()),
@@ -114,10 +133,10 @@ def _speed(document: dict[str, Any]) -> Table:
 
 def _latency(document: dict[str, Any]) -> Table:
     rows = []
-    for c, cell in _each_cell(document):
+    for name, work, cell in _each_cell(document):
         ttft, itl = cell["ttft_seconds"] or {}, cell["itl_seconds"] or {}
         rows.append(
-            [c["name"], cell["label"], *(_ms(ttft.get(p)) for p in ("p50", "p99")), *(
+            [name, work, *(_ms(ttft.get(p)) for p in ("p50", "p99")), *(
                 _ms(itl.get(p)) for p in ("p50", "p95", "p99")), _bytes(cell["peak_bytes"]), _joules(cell["joules_per_token"])]
         )  # fmt: skip
     return Table(
@@ -171,12 +190,12 @@ def _tasks(document: dict[str, Any]) -> Table:
 
 def _drafts(document: dict[str, Any]) -> Table:
     rows = []
-    for c, cell in _each_cell(document):
+    for name, work, cell in _each_cell(document):
         d = cell.get("drafts")
         if d:
             same = "-" if d["identical"] is None else f"{d['identical']} of {d['compared']}"
             rows.append([
-                c["name"], cell["label"], _share(d["ar"]), _share(d["break_even_measured"]), _share(d["break_even_flops"]),
+                name, work, _share(d["ar"]), _share(d["break_even_measured"]), _share(d["break_even_flops"]),
                 _share(d["trr"]), _number(d["tokens_per_step"]), same, str(d["near_ties"]),
             ])  # fmt: skip
     return Table(
@@ -201,28 +220,28 @@ def _drafts(document: dict[str, Any]) -> Table:
 
 
 def _layers(document: dict[str, Any]) -> Table:
-    skipping = [(c, cell) for c, cell in _each_cell(document) if cell["skip_ratio_per_layer"]]
+    skipping = [(name, work, cell) for name, work, cell in _each_cell(document) if cell["skip_ratio_per_layer"]]
     if not skipping:
         return Table("MLPs skipped per layer", [], [])
-    layers = len(skipping[0][1]["skip_ratio_per_layer"])
+    layers = len(skipping[0][2]["skip_ratio_per_layer"])
     rows = [
-        [str(layer), *(f"{cell['skip_ratio_per_layer'][layer]:.1%}" for _, cell in skipping)]
+        [str(layer), *(f"{cell['skip_ratio_per_layer'][layer]:.1%}" for _, _, cell in skipping)]
         for layer in range(layers)
-        if any(cell["skip_ratio_per_layer"][layer] for _, cell in skipping)
+        if any(cell["skip_ratio_per_layer"][layer] for _, _, cell in skipping)
     ]
-    return Table("MLPs skipped per layer", ["layer", *(f"{c['name']}, {cell['label']}" for c, cell in skipping)], rows,
+    return Table("MLPs skipped per layer", ["layer", *(f"{name}, {work}" for name, work, _ in skipping)], rows,
                  long=True)  # fmt: skip
 
 
 def _requests(document: dict[str, Any]) -> Table:
     rows = []
-    for c, cell in _each_cell(document):
+    for name, work, cell in _each_cell(document):
         r = cell.get("requests")
         if r:
             latency = cell["latency_seconds"] or {}
             errors = "; ".join(f"{count}x {error}" for error, count in r["errors"].items())
             rows.append([
-                c["name"], cell["label"], str(r["done"]), str(r["failed"]), _rate(cell["requests_per_second"], 2),
+                name, work, str(r["done"]), str(r["failed"]), _rate(cell["requests_per_second"], 2),
                 _ms(latency.get("p50")), _ms(latency.get("p99")), errors or "-",
             ])  # fmt: skip
     return Table(

@@ -96,6 +96,12 @@ def _cut_characters(text: TextSpec, size: int, count: int) -> list[str]:
     return found
 
 
+def check_prompts(matrix: Matrix) -> None:
+    """A file of prompts that cannot be read, or holds none, is refused before a model is loaded."""
+    if matrix.prompts not in (None, SYNTHETIC):
+        read_prompt_file(Path(str(matrix.prompts)))
+
+
 def read_prompt_file(path: Path) -> list[str]:
     """One prompt per line; a .jsonl file holds strings, or objects with a `prompt` or `text`."""
     try:

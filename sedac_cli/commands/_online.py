@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sedac_cli.commands._common import option
@@ -30,20 +31,33 @@ DeepRounds = Annotated[
 ]
 
 
-def add_online(
-    plan: Plan, adaptive: str | None, steps: int | None, threshold: float | None, rounds: int | None
-) -> DeepThinking | None:
-    """Put adaptive thresholds into the plan's gate, and give the deep thinking that was asked for."""
-    from sedac_cli.gates.deep import DeepThinking
-    from sedac_cli.runtime.plan import adapt
+@dataclass(frozen=True)
+class Online:
+    """What was asked for; `rates` None: thresholds stay as they are."""
 
-    if adaptive is not None:
-        adapt(plan, parse_rates(adaptive, "adaptive"), 50 if steps is None else steps)
-    elif steps is not None:
+    rates: list[float] | None
+    calibration_steps: int
+    deep: DeepThinking | None
+
+    def adapt(self, plan: Plan) -> None:
+        """Put adaptive thresholds into the plan's gate."""
+        from sedac_cli.runtime.plan import adapt
+
+        if self.rates is not None:
+            adapt(plan, self.rates, self.calibration_steps)
+
+
+def read_online(adaptive: str | None, steps: int | None, threshold: float | None, rounds: int | None) -> Online:
+    """Refuses what makes no sense together; no model is needed for that."""
+    from sedac_cli.gates.deep import DeepThinking
+
+    if adaptive is None and steps is not None:
         raise UsageError("--calibration-steps goes with adaptive thresholds", hint="--adaptive 0.2,0.6,0.9")
     if threshold is None and rounds is not None:
         raise UsageError("--deep-rounds: above which entropy?", hint="--deep-threshold 4.5")
-    return None if threshold is None else DeepThinking(threshold, 1 if rounds is None else rounds)
+    rates = None if adaptive is None else parse_rates(adaptive, "adaptive")
+    deep = None if threshold is None else DeepThinking(threshold, 1 if rounds is None else rounds)
+    return Online(rates, 50 if steps is None else steps, deep)
 
 
 def show_adaptive(out: Output, rows: list[dict[str, Any]] | None) -> None:

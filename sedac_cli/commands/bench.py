@@ -75,7 +75,6 @@ def measure(
         model = replace(model, ref=f"shape:{shape}")
         quality_samples = quality_samples or 0
         prompts = prompts or "synthetic"
-        out.note(f"{model.ref}: RANDOM weights. Speed is measured, texts and quality mean nothing.")
     changes: dict[str, Any] = {
         "base_model": model.ref or None, "backend": backend, "engine": engine, "new_tokens": new_tokens, "repeats": repeats,
         "warmup": warmup, "dataset": dataset, "split": split, "prompts": prompts, "base_url": url, "requests": requests,
@@ -120,6 +119,8 @@ def measure(
     if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
         document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
     plan = make_matrix(document, matrix or "the command line")
+    if plan.random_weights:
+        out.note(f"{plan.base_model}: RANDOM weights. Speed is measured, texts and quality mean nothing.")
     if any(map(is_hub_ref, (plan.base_model, plan.dataset))):
         go_offline_if_unreachable()
     make_folder(save_dir)

@@ -34,7 +34,9 @@ def chat(
     from sedac_cli.chat.screen import make_screen
     from sedac_cli.chat.session import Params, Session
     from sedac_cli.models import load_model
+    from sedac_cli.runtime.plan import check_spec
 
+    check_spec(gate)
     params = Params(max_new_tokens, temperature, top_p, top_k, seed)
     session = Session(load_model(model), gate, params, system, template)
     way = "its chat template" if session.template else "plain continuation"

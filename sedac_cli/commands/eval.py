@@ -62,9 +62,10 @@ def eval_(
     from sedac_cli.artifacts.files import make_folder
     from sedac_cli.harness import require_harness
     from sedac_cli.models import load_model
-    from sedac_cli.runtime.plan import make_plan
+    from sedac_cli.runtime.plan import check_spec, make_plan
 
     require_harness()
+    check_spec(gate)
     make_folder(out_file.resolve().parent)
     # The harness prints and draws bars as it goes; stdout is for the result.
     talk = io.StringIO() if out.quiet else sys.stderr

@@ -10,7 +10,7 @@ import typer
 
 from sedac_cli.artifacts.files import plain
 from sedac_cli.commands._common import option, sedac_command
-from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, add_online
+from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, read_online
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output
 from sedac_cli.errors import InputError, UsageError, did_you_mean
@@ -56,49 +56,58 @@ def generate(
         ),
     ] = False,
     draft: Annotated[
-        str,
-        option("Lossless", "--draft", help="gate, ngram, suffix, ngram_gate or suffix_gate: where drafts come from."),
-    ] = "gate",
+        str | None,
+        option("Lossless", "--draft",
+               help="Where drafts come from: gate, ngram, suffix, ngram_gate or suffix_gate; default gate."),
+    ] = None,
     draft_tokens: Annotated[
-        int, option("Lossless", "--draft-tokens", min=1, max=64, help="Most tokens drafted before a verify pass.")
-    ] = 4,
+        int | None,
+        option("Lossless", "--draft-tokens", min=1, max=64, help="Most tokens drafted before a verify pass; default 4."),
+    ] = None,
     adapt: Annotated[
-        bool, option("Lossless", "--adapt/--no-adapt", help="Draft fewer where few are accepted, or always that many.")
-    ] = True,
+        bool | None,
+        option("Lossless", "--adapt/--no-adapt", help="Draft fewer where few are accepted (default), or always that many."),
+    ] = None,
     engine: Annotated[
         str, typer.Option("--engine", help="graph (CUDA graphs), eager, or auto: graph where it can run.")
     ] = "auto",
     show: Annotated[str, typer.Option("--show", help="text, or exits: colour tokens by what they skipped.")] = "text",
-) -> None:
+) -> None:  # fmt: skip
     """Generate text with a gate in force; says tokens/s and how much was skipped."""
     if show not in ("text", "exits"):
         raise UsageError(f"--show: '{show}' is not known", hint="text or exits")
-    if draft not in DRAFTS:
-        raise UsageError(f"--draft: '{draft}' is not known.{did_you_mean(draft, DRAFTS)}", hint=", ".join(DRAFTS))
-    if lossless and draft.endswith("gate") and gate == "never":
-        raise UsageError("--lossless drafts with a gate, and none is named", hint="--gate always:14, or --draft ngram")
+    if temperature == 0 and (top_p < 1 or top_k):
+        raise UsageError(
+            f"{'--top-p' if top_p < 1 else '--top-k'} is about drawing; at temperature 0 nothing is drawn",
+            hint="--temperature 0.8",
+        )
+    drafts = read_drafts(lossless, draft, draft_tokens, adapt, gate)
     prompts = read_prompts(prompt or [], prompt_file)
+    if not chat and not all(prompts):
+        raise InputError("an empty prompt: there is nothing to continue")
+    online = read_online(adaptive, calibration_steps, deep_threshold, deep_rounds)
+    deep = online.deep
+    if lossless and deep is not None:
+        raise UsageError(
+            "--deep-threshold and --lossless cannot be had together", hint="a verified text is dense's own"
+        )
     from sedac_cli.models import load_model
     from sedac_cli.runtime.engines import Used, generate_with, require_engine
     from sedac_cli.runtime.generate import GenerateOptions
-    from sedac_cli.runtime.plan import make_plan
+    from sedac_cli.runtime.plan import check_spec, make_plan
 
-    require_engine(engine, model.device)
+    check_spec(gate)
+    require_engine(engine, model.device, lossless=lossless, deep=deep is not None)
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
-    deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)
+    online.adapt(plan)
     options = GenerateOptions(max_new_tokens, temperature, top_p, top_k, seed, chat, ignore_eos)
     result: Generated
     used = Used("eager")
     if lossless:
         from sedac_cli.runtime.speculate import SpeculateOptions, speculate
 
-        if deep is not None:
-            raise UsageError(
-                "--deep-threshold and --lossless cannot be had together", hint="a verified text is dense's own"
-            )
-        how = SpeculateOptions(draft, draft_tokens, adapt)  # type: ignore[arg-type]
-        result = speculate(loaded, plan, prompts, options, how)
+        result = speculate(loaded, plan, prompts, options, SpeculateOptions(*drafts))  # type: ignore[arg-type]
     else:
         result, used = generate_with(engine, loaded, plan, prompts, options, deep)
     for note in used.notes:
@@ -131,6 +140,22 @@ def generate(
             f"target {row['target']:.1%}"
         )
     out.result(plain(result) | {"adaptive": found, "engine": plain(used)})
+
+
+def read_drafts(
+    lossless: bool, draft: str | None, draft_tokens: int | None, adapt: bool | None, gate: str
+) -> tuple[str, int, bool]:
+    """Source, length and whether the length adapts. None: not given."""
+    source = "gate" if draft is None else draft
+    if source not in DRAFTS:
+        raise UsageError(f"--draft: '{draft}' is not known.{did_you_mean(source, DRAFTS)}", hint=", ".join(DRAFTS))
+    given = {"--draft": draft, "--draft-tokens": draft_tokens, "--no-adapt" if adapt is False else "--adapt": adapt}
+    for name, value in given.items():
+        if value is not None and not lossless:
+            raise UsageError(f"{name} is about drafts, which only --lossless makes", hint=f"--lossless, or no {name}")
+    if lossless and source.endswith("gate") and gate == "never":
+        raise UsageError("--lossless drafts with a gate, and none is named", hint="--gate always:14, or --draft ngram")
+    return source, 4 if draft_tokens is None else draft_tokens, adapt is not False
 
 
 def tell_drafts(out: Output, result: Any) -> None:

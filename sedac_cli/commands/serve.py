@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sedac_cli.commands._common import option, sedac_command
 from sedac_cli.config import ModelSpec
 from sedac_cli.console import Output, on_interrupt
-from sedac_cli.errors import InputError, UsageError
+from sedac_cli.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from sedac_cli.models import LoadedModel
+    from sedac_cli.runtime.graph.stream import GraphStream
+    from sedac_cli.runtime.plan import Plan
     from sedac_cli.serve.limits import Limits
 
 BACKENDS = ("auto", "vllm", "eager", "graph")
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PLACES = 8192
 """Of the caches of --backend graph, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Caches:
+    """Of --backend graph. `places` None: not given."""
+
+    places: int | None
+    shrink: bool
 
 
 @sedac_command(model=ModelSpec())
@@ -49,22 +62,37 @@ def serve(
         str | None, typer.Option("--served-name", help="What clients call the model; default: as --model names it.")
     ] = None,
     max_length: Annotated[
-        int, option("Limits", "--max-length", min=2, help="With --backend graph: positions of its cache.")
-    ] = PLACES,
+        int | None,
+        option(
+            "Limits", "--max-length", min=2, help=f"With --backend graph: positions of its cache; default {PLACES}."
+        ),
+    ] = None,
     shrink: Annotated[
         bool,
-        option("Limits", "--shrink", help="If the GPU has no room for --max-length, take a half or a quarter of it."),
+        option("Limits", "--shrink", help="If the GPU has no room for --max-length, halve it until there is."),
     ] = False,
-    max_queue: Annotated[int, option("Limits", "--max-queue", min=1, help="Sequences that may wait; then 429.")] = 64,
-    max_batch: Annotated[int, option("Limits", "--max-batch", min=1, help="Sequences that run together.")] = 8,
+    max_queue: Annotated[
+        int | None, option("Limits", "--max-queue", min=1, help="Sequences that may wait, then 429; default 64.")
+    ] = None,
+    max_batch: Annotated[
+        int | None, option("Limits", "--max-batch", min=1, help="Sequences that run together; default 8.")
+    ] = None,
     batch_wait: Annotated[
-        float, option("Limits", "--batch-wait", min=0, max=10, help="Seconds a first sequence waits for company.")
-    ] = 0.005,
-    max_new_tokens: Annotated[int, option("Limits", "--max-new-tokens", min=1, help="Per sequence.")] = 2048,
+        float | None,
+        option(
+            "Limits", "--batch-wait", min=0, max=10, help="Seconds a first sequence waits for company; default 0.005."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, option("Limits", "--max-new-tokens", min=1, help="Per sequence; default 2048.")
+    ] = None,
     request_timeout: Annotated[
-        float, option("Limits", "--request-timeout", min=0.1, help="Seconds from arrival to end.")
-    ] = 300.0,
-    max_body: Annotated[float, option("Limits", "--max-body", min=0.001, help="Largest request, MB.")] = 4.0,
+        float | None,
+        option("Limits", "--request-timeout", min=0.1, help="Seconds from arrival to end; default 300."),
+    ] = None,
+    max_body: Annotated[
+        float | None, option("Limits", "--max-body", min=0.001, help="Largest request, MB; default 4.")
+    ] = None,
     grace: Annotated[
         float, option("Limits", "--grace", min=0, help="Seconds for running requests to end after Ctrl-C or SIGTERM.")
     ] = 10.0,
@@ -73,23 +101,25 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise UsageError("--api-key is empty", hint="leave it out, or give a key")
     if backend not in BACKENDS:
-        raise UsageError(f"--backend: '{backend}' is not known", hint=", ".join(BACKENDS))
-    if backend != "graph" and (shrink or max_length != PLACES):
+        raise UsageError(
+            f"--backend: '{backend}' is not known.{did_you_mean(backend, list(BACKENDS))}", hint=", ".join(BACKENDS)
+        )
+    if backend != "graph" and (shrink or max_length is not None):
         raise UsageError(
             f"{'--shrink' if shrink else '--max-length'} is about the caches of --backend graph, which does not serve here",
             hint="--backend graph, or leave it out; vLLM has -- --max-model-len",
         )
+    if backend == "graph":
+        refuse_company(max_batch, batch_wait)
     from sedac_cli.vllm import installed
 
+    given: dict[str, Any] = {
+        "max_queue": max_queue, "max_batch": max_batch, "batch_wait": batch_wait, "max_new_tokens": max_new_tokens,
+        "request_timeout": request_timeout, "max_body": None if max_body is None else round(max_body * 1e6),
+    }  # fmt: skip
+    told = {name: value for name, value in given.items() if value is not None}
     if backend == "vllm" or (backend == "auto" and installed()):
-        refuse_unheeded(
-            model,
-            {
-                "--max-queue": max_queue != 64, "--max-batch": max_batch != 8, "--batch-wait": batch_wait != 0.005,
-                "--max-new-tokens": max_new_tokens != 2048, "--request-timeout": request_timeout != 300.0,
-                "--max-body": max_body != 4.0,
-            },
-        )  # fmt: skip
+        refuse_unheeded(model, [f"--{name.replace('_', '-')}" for name in told])
         serve_with_vllm(out, model, gate, seed, api_key, served_name, host, port, grace, tuple(vllm_options or ()))
         return
     if vllm_options:
@@ -103,30 +133,36 @@ def serve(
     from sedac_cli.serve.limits import Limits
     from sedac_cli.serve.server import bind
 
-    limits = replace(
-        Limits(), max_queue=max_queue, max_batch=max_batch, batch_wait=batch_wait, max_new_tokens=max_new_tokens,
-        request_timeout=request_timeout, max_body=round(max_body * 1e6), grace=grace,
-    )  # fmt: skip
+    limits = replace(Limits(), grace=grace, **told)
     if backend == "graph":
         limits = replace(limits, max_batch=1)
     listener = bind(host, port)
-    graphs = (max_length, shrink) if backend == "graph" else None
+    graphs = Caches(max_length, shrink) if backend == "graph" else None
     serve_here(out, model, gate, seed, api_key, served_name, listener, limits, graphs)
 
 
-def refuse_unheeded(model: ModelSpec, limits: dict[str, bool]) -> None:
+def refuse_company(max_batch: int | None, batch_wait: float | None) -> None:
+    """With --backend graph a sequence runs alone."""
+    for name, given in (("--max-batch", max_batch not in (None, 1)), ("--batch-wait", batch_wait is not None)):
+        if given:
+            raise UsageError(
+                f"{name} is about sequences that run together; --backend graph runs one at a time",
+                hint="--backend eager takes it",
+            )
+
+
+def refuse_unheeded(model: ModelSpec, limits: list[str]) -> None:
     """Options that vLLM's server would pass over in silence."""
     loading = {
         "--device": model.device != "auto",
         "--device-map": model.device_map,
         "--load-in-4bit": model.load_in_4bit,
     }
-    for name, given in (loading | limits).items():
-        if given:
-            raise UsageError(
-                f"{name} is not for vLLM, which serves here",
-                hint="options of `vllm serve` go behind --, such as -- --max-num-seqs 64; --backend eager takes this one",
-            )
+    for name in (*(name for name, given in loading.items() if given), *limits):
+        raise UsageError(
+            f"{name} is not for vLLM, which serves here",
+            hint="options of `vllm serve` go behind --, such as -- --max-num-seqs 64; --backend eager takes this one",
+        )
 
 
 def serve_with_vllm(
@@ -181,29 +217,24 @@ def serve_with_vllm(
 
 def serve_here(
     out: Output, model: ModelSpec, gate: str, seed: int, api_key: str | None, name: str | None, listener: socket.socket,
-    limits: Limits, graphs: tuple[int, bool] | None,
+    limits: Limits, graphs: Caches | None,
 ) -> None:  # fmt: skip
-    """Serve with an engine of this process. `graphs`: with CUDA graphs over caches of so many places, or fewer if asked."""
+    """Serve with an engine of this process. `graphs`: with CUDA graphs."""
     from sedac_cli.models import load_model
     from sedac_cli.runtime.engines import require_engine
-    from sedac_cli.runtime.plan import make_plan
-    from sedac_cli.runtime.stream import context_limit
+    from sedac_cli.runtime.plan import check_spec, make_plan
     from sedac_cli.serve.app import make_app
     from sedac_cli.serve.server import serve as run
     from sedac_cli.serve.state import make_served
 
-    require_engine("graph" if graphs else "eager", model.device)
+    check_spec(gate)
+    with backend_named():
+        require_engine("graph" if graphs else "eager", model.device)
     loaded = load_model(model)
     plan = make_plan(gate, loaded.decoder, loaded.identity, seed=seed)
     if graphs:
-        from sedac_cli.runtime.graph.stream import GraphStream
-
-        length = min(graphs[0], context_limit(loaded) or graphs[0])
-        stream = GraphStream.fitting(loaded, plan, length, graphs[1])
-        for note in stream.gated.notes:
-            out.note(note)
-        if stream.max_length < length:
-            out.note(f"no room for caches of {length} tokens: --max-length is {stream.max_length}")
+        with backend_named():
+            stream = graph_stream(out, loaded, plan, graphs)
         served = make_served(loaded, plan, gate, limits, name, stream, stream.max_length, top_logprobs=False)
     else:
         served = make_served(loaded, plan, gate, limits, name)
@@ -222,3 +253,31 @@ def serve_here(
     on_interrupt(None)
     run(make_app(served, api_key), listener, limits, ready, served.engine.abort)
     out.note("stopped")
+
+
+@contextlib.contextmanager
+def backend_named() -> Iterator[None]:
+    """What the engine refuses names its option as the other commands have it; here it is `--backend`."""
+    try:
+        yield
+    except InputError as error:
+        if "--engine eager" in (error.hint or ""):
+            error.hint = "--backend eager runs any model anywhere"
+        raise
+
+
+def graph_stream(out: Output, loaded: LoadedModel, plan: Plan, caches: Caches) -> GraphStream:
+    """Caches as long as the model's positions and the GPU's memory let them be; what was cut is said."""
+    from sedac_cli.runtime.graph.stream import GraphStream
+    from sedac_cli.runtime.stream import context_limit
+
+    wanted = caches.places or PLACES
+    length = min(wanted, context_limit(loaded) or wanted)
+    stream = GraphStream.fitting(loaded, plan, length, caches.shrink)
+    for note in stream.gated.notes:
+        out.note(note)
+    if caches.places is not None and length < caches.places:
+        out.note(f"--max-length {caches.places} is more than the model's {length} positions: it is {length}")
+    if stream.max_length < length:
+        out.note(f"no room for caches of {length} tokens: --max-length is {stream.max_length}")
+    return stream

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sedac_cli.commands._common import option, sedac_command
-from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, add_online, show_adaptive
+from sedac_cli.commands._online import Adaptive, CalibrationSteps, DeepRounds, DeepThreshold, read_online, show_adaptive
 from sedac_cli.config import ModelSpec, TextSpec
 from sedac_cli.console import Output
 from sedac_cli.errors import InputError, PromiseMissedError, UsageError
@@ -58,13 +58,17 @@ def validate(
     from sedac_cli.pipeline.data import CollectedData
     from sedac_cli.pipeline.validate import ValidateOptions, write_validation
     from sedac_cli.pipeline.validate import validate as run
-    from sedac_cli.runtime.plan import make_plan, plan_from_thresholds
+    from sedac_cli.runtime.plan import check_spec, make_plan, plan_from_thresholds
 
     if gate is not None and thresholds is not None:
         raise UsageError("--gate and --thresholds each name a gate: give one", hint=f"--gate cascade:{thresholds}")
     path = thresholds or data_dir / "thresholds.json"
+    online = read_online(adaptive, calibration_steps, deep_threshold, deep_rounds)
+    deep = online.deep
     if gate is None and not path.is_file():
         raise InputError(f"no such file: {path}", hint="sedac calibrate makes it; or name a gate with --gate always:14")
+    if gate is not None:
+        check_spec(gate)
     if gate is not None and gate.endswith(".json"):
         path = Path(gate.partition(":")[2])
     chosen = Thresholds.read(path) if gate is None or gate.endswith(".json") else None
@@ -78,7 +82,7 @@ def validate(
         plan = plan_from_thresholds(chosen, path.parent, loaded.decoder, loaded.identity)
     else:
         plan = make_plan(str(gate), loaded.decoder, loaded.identity, seed=seed)
-    deep = add_online(plan, adaptive, calibration_steps, deep_threshold, deep_rounds)
+    online.adapt(plan)
     options = ValidateOptions(batch_size, seed, allow_overlap, deep)
     report, evaluation = run(loaded, plan.gate, text, options, data, plan.standin, out.progress())
     target = out_file or data_dir / "validate.json"

@@ -54,36 +54,52 @@ def build_gate(
 ) -> Gate:
     """A gate from its spec. `guards` go before those of a spec or file; `adaptive` before the thresholds of a file;
     a file made for a model other than `identity` is refused."""
+    name, argument, values = read_spec(spec)
+    if adaptive is not None and name not in ("fixed", "cascade", "soft"):
+        raise UsageError(f"gate '{name}' has no thresholds to adapt", hint="fixed, cascade and soft have")
+    layers = decoder.num_layers
+    if argument.endswith(".json") or name in FROM_FILES:
+        return _gate_from_file(name, Path(argument), decoder, guards, identity, adaptive)
+    if name == "never":
+        return NeverGate(layers, guards)
+    if name == "stability":
+        own = Guards(**{key: values.pop(key) for key in ("sinks", "first", "last")})
+        return StabilityGate(layers, **values, guards=guards or own)
+    if name == "entropy":
+        return entropy_gate(values, decoder, guards)
+    if name == "always":
+        return AlwaysGate(layers, values["layer"], guards)
+    return RandomGate(layers, values["probability"], seed, guards)
+
+
+FROM_FILES = ("fixed", "cascade", "soft")
+"""Gates whose argument is always a file."""
+
+
+def read_spec(spec: str) -> tuple[str, str, dict[str, Any]]:
+    """(name, argument, checked options): what is wrong with a spec whatever the model is refused here. Files are not opened."""
     name, _, argument = (part.strip() for part in spec.partition(":"))
     if name not in GATES:
         raise UsageError(
             f"there is no gate '{name}'.{did_you_mean(name, list(GATES))}", hint="gates: " + ", ".join(GATES)
         )
-    if adaptive is not None and name not in ("fixed", "cascade", "soft"):
-        raise UsageError(f"gate '{name}' has no thresholds to adapt", hint="fixed, cascade and soft have")
-    layers = decoder.num_layers
     if argument.endswith(".json"):
-        return _gate_from_file(name, Path(argument), decoder, guards, identity, adaptive)
-    if name == "never":
-        if argument:
-            raise UsageError(f"gate 'never' takes no argument, not '{argument}'")
-        return NeverGate(layers, guards)
-    if name == "stability":
-        values = parse_options(argument, StabilityGate.options, "gate 'stability'")
-        own = Guards(**{key: values.pop(key) for key in ("sinks", "first", "last")})
-        return StabilityGate(layers, **values, guards=guards or own)
-    if name == "entropy":
-        return entropy_gate(parse_options(argument, EntropyGate.options, "gate 'entropy'"), decoder, guards)
+        return name, argument, {}
+    if name == "never" and argument:
+        raise UsageError(f"gate 'never' takes no argument, not '{argument}'")
+    if name in ("stability", "entropy"):
+        return name, argument, parse_options(argument, GATES[name].options, f"gate '{name}'")
     if name == "learned":
         raise UsageError("gate 'learned' comes with stand-ins: it is loaded by runtime.plan.make_plan")
-    if not argument:
+    if name != "never" and not argument:
         raise UsageError(f"gate '{name}' needs an argument", hint=GATES[name].form)
     if name == "always":
-        return AlwaysGate(layers, int(_number(argument, spec, whole=True)), guards)
+        return name, argument, {"layer": int(_number(argument, spec, whole=True))}
     if name == "random":
-        return RandomGate(layers, _number(argument, spec), seed, guards)
-
-    return _gate_from_file(name, Path(argument), decoder, guards, identity, adaptive)
+        probability = _number(argument, spec)
+        RandomGate(1, probability)  # says what is no probability, for a model of any depth
+        return name, argument, {"probability": probability}
+    return name, argument, {}
 
 
 def _gate_from_file(

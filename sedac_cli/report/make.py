@@ -87,8 +87,9 @@ def _rebuilt(report: dict[str, Any]) -> str | None:
 def _read(run: RunData, options: ReportOptions, gate: str, sources: dict[str, str]) -> dict[str, Any]:
     from sedac_cli.models import load_model
     from sedac_cli.report.tokens import read_tokens
-    from sedac_cli.runtime.plan import make_plan
+    from sedac_cli.runtime.plan import check_spec, make_plan
 
+    check_spec(gate)
     spec = options.model or ModelSpec(ref=run.model_ref or "", revision=_revision(run))
     if not spec.ref:
         raise InputError("the files name no model", hint=f"sedac report {run.folder} --model MODEL")

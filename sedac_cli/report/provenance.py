@@ -51,6 +51,8 @@ def _settings(run: RunData) -> list[str]:
     model = (
         (run.validation or {}).get("report", {}).get("model") or (run.bench or {}).get("subject", {}).get("model") or {}
     )
+    if isinstance(model, str):  # of a server, or of vLLM, the name is all that is known
+        model = {"ref": model}
     found = []
     if model.get("ref"):
         found.append(f"model {model['ref']}" + (f" at {model['revision']}" if model.get("revision") else ""))

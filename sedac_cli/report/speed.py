@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sedac_cli.bench.document import work_label
 from sedac_cli.report import plots
 from sedac_cli.report.plots import Point
 from sedac_cli.report.sources import RunData
@@ -17,6 +18,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
     if run.bench is None:
         return
     rows, ratios, steps = [], [], []
+    work = work_label(run.configurations)
     known = any(cell.get("floor") for c in run.configurations for cell in c.get("cells") or [])
     for configuration in run.configurations:
         name = configuration["name"]
@@ -24,7 +26,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
             error = (configuration.get("errors") or [{}])[0].get("error", "")
             rows.append([name, f"crashed: {error}", *["-"] * (6 if known else 4)])
         for cell in configuration.get("cells") or []:
-            label = f"{name}\n{cell.get('label', '')}"
+            label = f"{name}\n{work(cell)}"
             ratio = cell.get("speedup") or {}
             if ratio.get("median") is not None:
                 ratios.append(Point(label, 0, ratio["median"], ratio.get("low"), ratio.get("high")))
@@ -33,7 +35,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
             if least is not None and near:
                 steps.append(Point(label, 1000 * least, 1000 * least / near))
             rows.append(
-                [name, str(cell.get("label", "-")), spread(ratio, "x"), spread(cell.get("tokens_per_second"), ""),
+                [name, work(cell), spread(ratio, "x"), spread(cell.get("tokens_per_second"), ""),
                  milliseconds(ttft.get("p50")), milliseconds(itl.get("p50")),
                  *((milliseconds(least, 3), share(near)) if known else ())]
             )  # fmt: skip

@@ -28,16 +28,26 @@ class Used:
     notes: list[str] = field(default_factory=list)
 
 
-def require_engine(engine: str, device: str) -> None:
-    """What this machine lacks for an engine asked for by name, said before a model is loaded, which may take minutes."""
+def require_engine(engine: str, device: str, *, lossless: bool = False, deep: bool = False) -> None:
+    """What an engine asked for by name cannot do, or this machine lacks for it, said before a model is loaded, which may
+    take minutes."""
     if engine not in ENGINES:
         raise UsageError(
             f"--engine: '{engine}' is not known.{did_you_mean(engine, list(ENGINES))}", hint=", ".join(ENGINES)
         )
     if engine == "graph":
+        _refuse(lossless, deep)
         from sedac_cli.runtime.graph.capture import require_graphs
 
         require_graphs(pick_device(device))
+
+
+def _refuse(lossless: bool, deep: bool) -> None:
+    """What no graph engine does, whatever the machine."""
+    if lossless:
+        raise UsageError("lossless drafts run in the eager engine", hint="--engine eager, or leave --engine out")
+    if deep:
+        raise UsageError("deep thinking runs tokens again, which the graph engine does not", hint="--engine eager")
 
 
 def generate_with(
@@ -48,8 +58,8 @@ def generate_with(
     options: GenerateOptions,
     deep: DeepThinking | None = None,
 ) -> tuple[Generated, Used]:
-    if engine == "graph" and deep is not None:
-        raise UsageError("deep thinking runs tokens again, which the graph engine does not", hint="--engine eager")
+    if engine == "graph":
+        _refuse(False, deep is not None)
     if engine == "eager" or deep is not None or (engine == "auto" and loaded.device.type != "cuda"):
         return generate(loaded, plan.gate, prompts, options, plan.standin, deep=deep), Used("eager")
     from sedac_cli.runtime.graph import GraphEngine

@@ -21,7 +21,7 @@ from sedac_cli.gates.base import Gate, Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.probed import ProbeGate
-from sedac_cli.gates.registry import build_gate, gate_from_thresholds, read_thresholds
+from sedac_cli.gates.registry import FROM_FILES, build_gate, gate_from_thresholds, read_spec, read_thresholds
 from sedac_cli.gates.span import SpanGate
 from sedac_cli.probes import LREProbe
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -41,19 +41,59 @@ def make_plan(
 ) -> Plan:
     """From a spec. `NAME:FILE.pth@SHARE` reads what `sedac distill` made, `NAME:FILE.json` what `sedac calibrate` chose;
     `ghost:FILE.pth@GATE` skips whole layers; all others are gates with zero stand-ins."""
+    check_spec(spec)
     name, _, argument = spec.partition(":")
     if name == "ghost":
         return plan_from_ghost(argument, decoder, identity, seed, guards)
-    path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
+    path, share = _path_and_share(argument)
     if name in KINDS and path.endswith(".pth"):
         return plan_from_gates(Path(path), name, share, decoder, identity, guards)
     if argument.endswith(".json") and name in FROM_GATES_FILE:
         thresholds = read_thresholds(Path(argument), name)
         if thresholds.gates_file is not None:
             return plan_from_thresholds(thresholds, Path(argument).parent, decoder, identity, guards)
-    if name == "learned":
-        raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
     return Plan(build_gate(spec, decoder, guards=guards, seed=seed, identity=identity), ZeroStandIn())
+
+
+def check_spec(spec: str) -> None:
+    """Refuse what is wrong with a spec whatever the model, before one is loaded: its name, its options, a file that is not
+    there. What is in a file, and whether it fits the model, `make_plan` finds."""
+    name, _, argument = spec.partition(":")
+    if name == "ghost":
+        file, _, who = argument.partition("@")
+        if not file:
+            raise UsageError("ghost K and V need a file", hint=SpanGate.form)
+        if who and not who.startswith("ghost"):
+            check_spec(who)
+        _require_file(file)
+        return
+    path, share = _path_and_share(argument)
+    if name in KINDS and path.endswith(".pth"):
+        _share(share, f"{name}:{path}")
+        _require_file(path)
+        return
+    if name == "learned" and not argument.endswith(".json"):
+        raise UsageError("gate 'learned' needs a file", hint="learned:sedac_data/sedac_gates.pth@0.25")
+    name, argument, _ = read_spec(spec)
+    if argument.endswith(".json") or name in FROM_FILES:
+        _require_file(argument)
+
+
+def _path_and_share(argument: str) -> tuple[str, str]:
+    path, _, share = argument.rpartition("@") if "@" in argument else (argument, "", "")
+    return path, share
+
+
+def _share(text: str, gate: str) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise UsageError(f"'{text}' is not a share of MLPs to skip", hint=f"{gate}@0.25") from None
+
+
+def _require_file(path: str) -> None:
+    if not Path(path).exists():
+        raise InputError(f"no such file: {path}")
 
 
 def adapt(plan: Plan, rates: Sequence[float], calibration_steps: int = 50) -> AdaptiveThresholds:
@@ -73,8 +113,6 @@ def plan_from_ghost(
 ) -> Plan:
     """`FILE@GATE`: the gate says who skips the file's layers whole. Stand-ins of its own that it brings are not used."""
     file, _, who = argument.partition("@")
-    if not file:
-        raise UsageError("ghost K and V need a file", hint=SpanGate.form)
     ghost = GhostKV.load(Path(file), identity)
     told = ghost.recipe.get("options", {})
     if not who and str(told.get("gate", "")).startswith("random:"):
@@ -126,10 +164,8 @@ def plan_from_gates(
                 hint=f"{name}:{path}",
             )
         return plan_given(found, path, decoder, guards)
-    try:
-        wanted = float(share) if share else float(found.recipe["options"]["target_skip"])
-    except ValueError:
-        raise UsageError(f"'{share}' is not a share of MLPs to skip", hint=f"{name}:{path}@0.25") from None
+    told = _share(share, f"{name}:{path}")
+    wanted = float(found.recipe["options"]["target_skip"]) if told is None else told
     return plan_at(found, path, found.limit_for(wanted), decoder, guards)
 
 

@@ -24,7 +24,7 @@ class Limits:
     """Per row; a request for more is refused."""
     request_timeout: float = 300.0
     """From the arrival of a request to its end."""
-    max_body: int = 4 * 2**20
+    max_body: int = 4_000_000
     head_timeout: float = 10.0
     """For a request's head to arrive after the connection was opened."""
     body_timeout: float = 30.0

@@ -258,7 +258,7 @@ def test_an_engine_that_cannot_run_is_refused_before_a_model_is_made(
     result = sedac(*(part.format(model=tiny_folder) for part in command))
     assert result.code == 3
     assert "the graph engine needs a CUDA GPU" in result.err
-    assert "--engine eager" in result.err
+    assert ("--backend eager" if command[0] == "serve" else "--engine eager") in result.err
 
 
 def test_json_is_the_document(bench):

@@ -134,6 +134,19 @@ def test_two_servers_under_the_same_load(sedac, server, tmp_path):
     lengths = {len(body["prompt"]) for body in server.bodies if not body.get("echo")}
     assert lengths == {32, 64}
     assert "requests/s" in result.out
+    assert (
+        "- model: fake, " in (tmp_path / "report.md").read_text()
+    )  # as the server says, whatever a matrix takes for granted
+
+
+def test_the_page_of_a_server_s_benchmark_is_whole(sedac, server, tmp_path):
+    pytest.importorskip("matplotlib")
+    args = ("--save-dir", tmp_path, "--new-tokens", 4, "--requests", 2, "--repeats", 1)
+    result = sedac("bench", "--url", server.url(), *args)
+    assert result.code == 0
+    assert "could not be shown" not in result.err
+    assert document(tmp_path)["subject"]["model"] == "fake"
+    assert "model fake" in (tmp_path / "report.html").read_text()
 
 
 def test_a_server_that_tells_no_alternatives_has_no_agreement(sedac, server, tmp_path):

@@ -256,6 +256,15 @@ def test_a_folder_of_a_benchmark_alone(sedac, tmp_path):
     assert "A limit was missed" in page_of(bench | {"missed": missed})[0]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_benchmark_of_a_server_knows_a_name_and_no_more(sedac, tmp_path, known):
+    subject = {"model": "fake" if known else None, "engine": "server", "device": None, "dtype": None}
+    (tmp_path / "bench.json").write_text(json.dumps(BENCH | {"subject": subject}))
+    result = sedac("report", tmp_path, "--redraw", "--json")
+    assert (result.code, result.json["problems"]) == (0, [])
+    assert ("model fake" in text_of(tmp_path / "report.html")) == known
+
+
 def test_the_steps_of_a_run_are_on_the_page(sedac, mine):
     step = {"finished": True, "options": {"argv": ["--save-dir=a folder", "--layers=7,14"]}}
     (mine / "run.json").write_text(json.dumps({"steps": {"collect": step, "report": {"finished": False}}}))

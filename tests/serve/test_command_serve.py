@@ -101,6 +101,11 @@ def test_a_taken_port_is_known_before_the_model_loads(sedac):
         (["--max-queue", "0"], 2, ""),
         (["--shrink", "--backend", "eager"], 2, "--shrink is about the caches of --backend graph"),
         (["--max-length", "100"], 2, "--max-length is about"),
+        (["--max-length", "8192", "--backend", "eager"], 2, "--max-length is about"),
+        (["--backend", "graph", "--max-batch", "8"], 2, "--max-batch is about sequences that run together"),
+        (["--backend", "graph", "--batch-wait", "0.005"], 2, "--batch-wait is about sequences that run together"),
+        (["--backend", "vllm", "--max-queue", "64"], 2, "--max-queue is not for vLLM"),
+        (["--backend", "eagr"], 2, "Did you mean 'eager'?"),
     ],
 )
 def test_options_that_cannot_work(sedac, arguments, code, says):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 from conftest import save_tiny
 from serving import serving
 
+from sedac_cli.commands.serve import Caches, backend_named, graph_stream
+from sedac_cli.console import Output
+from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Guards
 from sedac_cli.models import load_model
 from sedac_cli.runtime.graph.stream import GraphStream
@@ -78,6 +82,54 @@ def test_what_it_cannot_do_is_refused(server, body, says):
     assert answer.status_code == 400
     assert says in answer.json()["error"]["message"]
     assert server.post("/v1/completions", json={"prompt": "the sea", "logprobs": 0}).status_code == 200
+
+
+@pytest.fixture
+def start(loaded, monkeypatch, capsys):
+    """Caches as the command makes them, and what it says of them."""
+    monkeypatch.setattr(GraphStream, "fitting", partial(GraphStream.fitting, capture=False))
+
+    def call(places, shrink=False):
+        capsys.readouterr()
+        made = graph_stream(Output(), loaded, make_plan("always:2", loaded.decoder), Caches(places, shrink))
+        return made.max_length, capsys.readouterr().err
+
+    return call
+
+
+def test_a_length_that_is_cut_is_said(start):
+    assert start(1500) == (1500, "")
+    assert start(None) == (2048, "")  # nobody asked for more
+    length, said = start(20_000_000)
+    assert (length, "--max-length 20000000 is more than the model's 2048 positions: it is 2048" in said) == (2048, True)
+
+
+def test_lengths_are_halved_until_there_is_room(start, monkeypatch):
+    """As docs/serve.md has it, and never without being asked."""
+
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    original = GraphStream.__init__
+
+    def full(self, loaded, plan, max_length, **options):
+        if max_length > 300:
+            raise OutOfMemoryError("no room")
+        original(self, loaded, plan, max_length, **options)
+
+    monkeypatch.setattr(GraphStream, "__init__", full)
+    assert start(2048, shrink=True) == (256, "no room for caches of 2048 tokens: --max-length is 256\n")
+    with pytest.raises(OutOfMemoryError):
+        start(2048)
+
+
+def test_refusals_name_the_servers_own_option():
+    with pytest.raises(InputError) as caught, backend_named():
+        raise InputError("bloom cannot", hint="--engine eager (of sedac serve: --backend eager) runs anywhere")
+    assert caught.value.hint == "--backend eager runs any model anywhere"
+    with pytest.raises(InputError) as caught, backend_named():
+        raise InputError("no room", hint="a smaller --max-length")
+    assert caught.value.hint == "a smaller --max-length"
 
 
 def test_without_a_gpu_it_is_refused(sedac, tiny_folder):

@@ -1,6 +1,6 @@
 """Lossless modes in the `hf` backend: the loop of `runtime.speculate`, timed as the others are.
 
-Dense, beside it, is still Hugging Face's own `generate`; mode `loop` shows what the loop alone changes.
+Dense, beside it, is Hugging Face's own `generate`, also where gates run in the graph engine; mode `loop` shows what the loop alone changes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from sedac_cli.runtime.speculate import SpeculateOptions, speculate
 
 
 class DraftingSession:
-    engine = "eager"
-
     def __init__(self, loaded: LoadedModel, plan: Plan, experiment: Experiment):
         config = experiment.drafts
         self.loaded, self.plan = loaded, plan

@@ -1,7 +1,8 @@
 """The `hf` backend: Hugging Face's own `generate` (engine `eager`), or the CUDA-graph engine (`graph`).
 
-Always true: dense and gated run in the same engine with the same settings. Dense in `eager` is the stock model with
-nothing installed in it, not a gate that happens to skip nothing.
+Always true: dense and gated run in the same engine with the same settings; what the graph engine refuses runs eager under
+`auto`, and so does the dense beside it (`bench.pairing`). Dense in `eager` is the stock model with nothing installed in it, not a
+gate that happens to skip nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import torch
 
 from sedac_cli.artifacts.files import plain
 from sedac_cli.bench.backends import Cell, Session, offline_cells
+from sedac_cli.bench.engines import wanted_engine
 from sedac_cli.bench.floor import StepReads, read_bandwidth
 from sedac_cli.bench.machine import Meter
-from sedac_cli.bench.matrix import Experiment, Matrix
+from sedac_cli.bench.matrix import DENSE, Experiment, Matrix
 from sedac_cli.bench.metrics import Run, gaps
-from sedac_cli.bench.plans import plan_of
+from sedac_cli.bench.plans import check_experiment, plan_of
 from sedac_cli.bench.quality import evaluate_quality
 from sedac_cli.bench.tasks import Tasks
 from sedac_cli.config import ModelSpec
@@ -43,38 +45,52 @@ BASELINES = {
 
 
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> HuggingFace:
-    tasks = Tasks(matrix.quality, seed) if matrix.quality.tasks else None
+    for experiment in matrix.experiments:
+        check_experiment(experiment)
     require_engine(matrix.engine, model.device)
-    loaded = load_model(model)
-    return HuggingFace(matrix, loaded, pick_engine(matrix.engine, loaded.device), seed, tasks)
+    tasks = Tasks(matrix.quality, seed) if matrix.quality.tasks else None
+    return HuggingFace(matrix, load_model(model), seed, tasks)
 
 
-def pick_engine(wanted: str, device: torch.device) -> str:
-    """`auto` takes the graph engine where it can run; asked for by name it runs or is refused."""
-    if wanted == "eager" or (wanted == "auto" and device.type != "cuda"):
-        return "eager"
+def why_no_graphs(device: torch.device) -> str | None:
+    """What this machine lacks for the graph engine; None where it runs."""
     try:
         require_graphs(device)
     except InputError as error:
-        if wanted == "graph":
-            raise
-        log.warning("engine auto is eager here: %s", error.message)
-        return "eager"
-    return "graph"
+        return error.message
+    return None
 
 
 class HuggingFace:
     name = "hf"
     one_at_a_time = False
 
-    def __init__(self, matrix: Matrix, loaded: LoadedModel, engine: str, seed: int, tasks: Tasks | None = None):
-        self.matrix, self.loaded, self.engine, self.seed, self.tasks = matrix, loaded, engine, seed, tasks
+    def __init__(self, matrix: Matrix, loaded: LoadedModel, seed: int, tasks: Tasks | None = None):
+        self.matrix, self.loaded, self.seed, self.tasks = matrix, loaded, seed, tasks
         self.tokenizer = loaded.tokenizer
-        self.baseline = BASELINES[engine]
+        self.dense_ran_in: list[str] = []
         for experiment in matrix.experiments:
             self._check(experiment)
-        graphs = "graph" in (engine, *(experiment.engine for experiment in matrix.experiments))
+        self.no_graphs = why_no_graphs(loaded.device)
+        automatic = loaded.device.type == "cuda" and any(wanted_engine(matrix, x) == "auto" for x in matrix.experiments)
+        self.graph_refused = self.no_graphs if automatic else None  # nobody expects graphs of a CPU
+        if self.graph_refused:
+            log.warning("engine auto is eager here: %s", self.graph_refused)
+        graphs = any("graph" in self.engines(x) for x in matrix.experiments)
         self.bandwidth = read_bandwidth(loaded.device) if graphs else None
+
+    def engines(self, experiment: Experiment) -> list[str]:
+        wanted = wanted_engine(self.matrix, experiment)
+        if wanted != "auto":
+            return [wanted]
+        return ["eager"] if self.no_graphs else ["graph", "eager"]
+
+    @property
+    def baseline(self) -> str:
+        if len(self.dense_ran_in) > 1:
+            each = "; ".join(f"{engine}: {BASELINES[engine]}" for engine in self.dense_ran_in)
+            return f"in the engine of the configuration beside it ({each})"
+        return BASELINES[(self.dense_ran_in or self.engines(DENSE))[0]]
 
     def _check(self, experiment: Experiment) -> None:
         """What is misspelt is refused before an hour of measuring; a file that is not there is that configuration's crash."""
@@ -90,7 +106,8 @@ class HuggingFace:
             "layers": self.loaded.decoder.num_layers,
             "device": str(self.loaded.device),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
-            "engine": self.engine,
+            "engine": ", ".join(self.dense_ran_in or self.engines(DENSE)[:1]),
+            "graph_refused": self.graph_refused,
             "read_bytes_per_second": self.bandwidth,
         }
 
@@ -101,15 +118,10 @@ class HuggingFace:
         return cell.batch
 
     @contextlib.contextmanager
-    def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
-        engine = self.engine if experiment.engine is None else pick_engine(experiment.engine, self.loaded.device)
+    def open(self, experiment: Experiment, cell: Cell, engine: str) -> Iterator[Session]:
         plan = self._plan(experiment)
         session: Session
         if experiment.how.loop:
-            if engine == "graph" and experiment.engine == "graph":
-                raise InputError(
-                    "lossless drafts run in the eager engine", hint='"engine": "eager" for this experiment'
-                )
             from sedac_cli.bench.backends.drafting import DraftingSession
 
             session = DraftingSession(self.loaded, plan, experiment)
@@ -117,6 +129,8 @@ class HuggingFace:
             session = GraphSession(self.loaded, plan, cell, self.bandwidth)
         else:
             session = EagerSession(self.loaded, None if experiment.is_baseline else plan)
+        if experiment.is_baseline and engine not in self.dense_ran_in:
+            self.dense_ran_in.append(engine)
         try:
             yield session
         finally:
@@ -150,8 +164,6 @@ class Stamps:
 
 class EagerSession:
     """`plan` None: dense, the stock model."""
-
-    engine = "eager"
 
     def __init__(self, loaded: LoadedModel, plan: Plan | None):
         self.loaded, self.plan = loaded, plan
@@ -197,10 +209,13 @@ class EagerSession:
         pass
 
 
-class GraphSession:
-    """The CUDA-graph engine; one per batch size and length, as its graphs are."""
+def greedy(new_tokens: int) -> GenerateOptions:
+    return GenerateOptions(max_new_tokens=new_tokens, ignore_eos=True)
 
-    engine = "graph"
+
+class GraphSession:
+    """The CUDA-graph engine; one per batch size and length, as its graphs are. They are captured here, so that what cannot be
+    captured is refused before anything was measured."""
 
     def __init__(self, loaded: LoadedModel, plan: Plan, cell: Cell, bandwidth: float | None):
         assert cell.prompt_length is not None
@@ -208,10 +223,11 @@ class GraphSession:
         room = cell.prompt_length + cell.prompt_length // 8 + 8 + cell.new_tokens
         self.loaded, self.bandwidth, self.reads = loaded, bandwidth, StepReads.of(loaded, plan)
         self.engine_object = GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
+        self.engine_object.prepare(greedy(cell.new_tokens), (), loaded.tokenizer.pad_token_id)
 
     def run(self, prompts: list[str], new_tokens: int) -> Run:
         times: list[float] = []
-        options = GenerateOptions(max_new_tokens=new_tokens, ignore_eos=True)
+        options = greedy(new_tokens)
 
         def seen(tokens: torch.Tensor) -> None:
             """Several steps come at once; each took its share of the time since the last that came."""

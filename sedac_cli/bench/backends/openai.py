@@ -35,6 +35,7 @@ class OpenAI:
     def __init__(self, matrix: Matrix, seed: int):
         self.matrix, self.seed = matrix, seed
         self._dense: list[Scored] | None = None
+        self._served: list[str] = []
         asked: dict[str, str] = {}
         for experiment in matrix.experiments:
             if experiment.how.loop:
@@ -51,7 +52,8 @@ class OpenAI:
             asked[what] = experiment.name
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self.matrix.base_model, "engine": "server", "device": None, "dtype": None}
+        model = ", ".join(self._served) or self.matrix.base_model
+        return {"model": model, "engine": "server", "device": None, "dtype": None}
 
     def cells(self) -> list[Cell]:
         matrix = self.matrix
@@ -60,11 +62,14 @@ class OpenAI:
             Cell(1, None, matrix.new_tokens, rate) for rate in matrix.request_rates
         ]
 
+    def engines(self, experiment: Experiment) -> list[str]:
+        return ["server"]
+
     def prompts_per_run(self, cell: Cell) -> int:
         return self.matrix.requests
 
     @contextlib.contextmanager
-    def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
+    def open(self, experiment: Experiment, cell: Cell, engine: str) -> Iterator[Session]:
         with self._client(experiment) as client:
             yield ServerSession(client, cell, self.seed)
 
@@ -97,6 +102,8 @@ class OpenAI:
         with LoadClient(Endpoint(url, "", timeout=matrix.request_timeout)) as asking:
             served = asking.get("models").get("data") or []
         name, room = _pick_model(served, matrix.base_model, url)
+        if name not in self._served:
+            self._served.append(name)
         longest = max(matrix.prompt_lengths) + matrix.new_tokens
         if room is not None and longest > room:
             raise InputError(
@@ -112,8 +119,6 @@ SETTLE = 1.2  # seconds; a gated vLLM publishes its counters once a second
 
 
 class ServerSession:
-    engine = "server"
-
     def __init__(self, client: LoadClient, cell: Cell, seed: int):
         self.client, self.cell, self.seed = client, cell, seed
 

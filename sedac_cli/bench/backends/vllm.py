@@ -59,11 +59,14 @@ class VLLM:
     def cells(self) -> list[Cell]:
         return offline_cells(self.matrix)
 
+    def engines(self, experiment: Experiment) -> list[str]:
+        return ["vllm"]
+
     def prompts_per_run(self, cell: Cell) -> int:
         return cell.batch
 
     @contextlib.contextmanager
-    def open(self, experiment: Experiment, cell: Cell) -> Iterator[Session]:
+    def open(self, experiment: Experiment, cell: Cell, engine: str) -> Iterator[Session]:
         yield VLLMSession(self._engine(experiment), experiment)
 
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
@@ -107,7 +110,7 @@ class VLLM:
             model=self.path, revision=self.model.revision, dtype=self._dtype(), seed=self.seed,
             trust_remote_code=self.model.trust_remote_code, gpu_memory_utilization=matrix.gpu_memory_utilization,
             max_model_len=longest + longest // 8 + 8 + matrix.new_tokens, max_num_seqs=max(matrix.batch),
-            enable_prefix_caching=False, disable_log_stats=False, enforce_eager=_eager(experiment, matrix),
+            enable_prefix_caching=False, disable_log_stats=False, enforce_eager=matrix.engine == "eager",
             **engine_options(experiment),
         )  # fmt: skip
         if experiment.how.needs_gate:
@@ -116,8 +119,6 @@ class VLLM:
 
 
 class VLLMSession:
-    engine = "vllm"
-
     def __init__(self, llm: Any, experiment: Experiment):
         import torch
 
@@ -195,10 +196,6 @@ def gate_settings(experiment: Experiment) -> dict[str, Any]:
         raise UsageError(f"'{experiment.name}': vLLM takes a folder of probes", hint="sedac_probe_dir")
     adaptive = experiment.sedac_adaptive if experiment.sedac_adaptive is not None else experiment.how.adaptive
     return {"adaptive": adaptive} | {name: value for name, value in found.items() if value is not None}
-
-
-def _eager(experiment: Experiment, matrix: Matrix) -> bool:
-    return (experiment.engine or matrix.engine) == "eager"
 
 
 def _tokenizer(path: str, model: ModelSpec) -> Any:
