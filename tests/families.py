@@ -175,7 +175,7 @@ REFUSED = {
 }
 
 
-def small_config(family: str):
+def small_config(family: str, **sizes: int):
     from transformers import CONFIG_MAPPING, AutoConfig
 
     name, changes = family.split("/")[0], FAMILIES.get(family, {})
@@ -183,19 +183,19 @@ def small_config(family: str):
         pytest.skip(f"this transformers has no {name}")
     default = AutoConfig.for_model(name)
     text = default.get_text_config()
-    known = {k: v for k, v in SMALL.items() if k in text.to_dict() or k in text.attribute_map} | changes
+    known = {k: v for k, v in (SMALL | sizes).items() if k in text.to_dict() or k in text.attribute_map} | changes
     if text is default:
         return AutoConfig.for_model(name, **known)
     return AutoConfig.for_model(name, text_config={"model_type": text.model_type, **known})
 
 
 @functools.lru_cache(maxsize=1)
-def build(family: str) -> Any:
+def build(family: str, **sizes: int) -> Any:
     """A random float32 model whose biases and norms are random too, so that nothing is zero or one by accident."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config(family), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(small_config(family, **sizes), attn_implementation="eager")
     model = model.float().eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() < 2 else 0.05))

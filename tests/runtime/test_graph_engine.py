@@ -151,7 +151,7 @@ def test_a_window_in_the_fused_path_is_the_models_own(tmp_path):
     assert engine.generate([words(10)], options).texts == expected.texts
 
 
-def test_experts_cannot_hang_on_a_node(tmp_path):
+def test_experts_run_under_a_flag(tmp_path):
     config = {"num_local_experts": 4, "num_experts_per_tok": 2}
     loaded = load_model(str(save_tiny(tmp_path, "mixtral", **SHAPE, **config)))
     assert engine_of(loaded).path == "generic"

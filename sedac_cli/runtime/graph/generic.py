@@ -60,6 +60,7 @@ class GenericStep:
         self.dtype = loaded.model.get_input_embeddings().weight.dtype
         self.either = Branches(self.device)
         self.positions = "position_ids" in inspect.signature(loaded.model.forward).parameters
+        self.extras = parts_beside_rows(loaded, program)
 
     def __call__(self, state: State) -> Tensor:
         saved, handles = self._install()
@@ -130,30 +131,31 @@ class GenericStep:
         return [(branch.entry, enter), (branch.exit, leave)]
 
     def _whole(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        adds = self.loaded.decoder.branches[layer].adds_residual
+        adds, extras = self.loaded.decoder.branches[layer].adds_residual, self.extras.get(layer)
 
-        def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             need = self.program.decide_on(layer, x.flatten(0, -2))
             assert need is not None
             out = (kwargs["residual"] if "residual" in kwargs else args[0]).clone() if adds else torch.zeros_like(x)
+            beside = [torch.zeros_like(part) for part in extras or []]
 
             def work() -> None:
                 y = forward(x, *args, **kwargs)
-                if not isinstance(y, Tensor):
-                    raise InputError(
-                        "an MLP that returns more than its rows (experts) cannot hang on a node of a graph"
-                    )
-                out.copy_(y)
+                for to, part in zip([out, *beside], [y] if extras is None else y, strict=True):
+                    to.copy_(part.view(to.shape))
+
+            def whole(rows: Tensor) -> Any:
+                return rows if extras is None else (rows, *beside)
 
             self.either(need, work, self._standin(layer, x, out))
             scale = self.program.scale(layer)
             if scale is None:
-                return out
+                return whole(out)
             other = torch.zeros_like(x)
             if (instead := self._standin(layer, x, other)) is not None:
                 instead()
             weight = scale.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-            return torch.where(weight == 0, out, weight * out + (1 - weight) * other)
+            return whole(torch.where(weight == 0, out, weight * out + (1 - weight) * other))
 
         return run
 
@@ -167,6 +169,32 @@ class GenericStep:
             out.add_(y.view(out.shape))
 
         return work
+
+
+@torch.inference_mode()
+def parts_beside_rows(loaded: LoadedModel, program: Program) -> dict[int, list[Tensor]]:
+    """What gated MLPs return beside their rows in a decode step (experts hand on their scores), by layer; of most, nothing. Where the
+    MLP is skipped zeros stand for it: nothing that is generated depends on it."""
+    gated = [layer for layer, source in enumerate(program.source) if source >= 0]
+    found: dict[int, list[Tensor]] = {}
+
+    def look(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                found[layer] = list(output[1:])
+
+        return hook
+
+    if not gated:
+        return found
+    decoder = loaded.decoder
+    handles = [decoder.branches[layer].exit.register_forward_hook(look(layer)) for layer in gated]
+    try:
+        loaded.model(input_ids=torch.zeros(program.rows, 1, dtype=torch.long, device=loaded.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def refuse(loaded: LoadedModel, length: int) -> None:

@@ -110,8 +110,18 @@ def prompt_cache(loaded: LoadedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]
     from transformers import DynamicCache
 
     cache = DynamicCache(config=loaded.model.config)
-    loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    try:
+        loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, AttributeError) as error:  # a cache of the model's own
+        raise no_keys(loaded) from error
     return cache_layers(loaded, cache)
+
+
+def no_keys(loaded: LoadedModel) -> InputError:
+    return InputError(
+        f"{type(loaded.model).__name__} keeps no keys and values per layer: the graph engine cannot serve it",
+        hint=EAGER,
+    )
 
 
 def cache_layers(loaded: LoadedModel, cache: Any) -> list[tuple[Tensor, Tensor]]:
@@ -123,8 +133,5 @@ def cache_layers(loaded: LoadedModel, cache: Any) -> list[tuple[Tensor, Tensor]]
         for k, v in found
     )
     if not good:
-        raise InputError(
-            f"{type(loaded.model).__name__} keeps no keys and values per layer: the graph engine cannot serve it",
-            hint=EAGER,
-        )
+        raise no_keys(loaded)
     return found  # type: ignore[return-value]
