@@ -4,19 +4,27 @@ Always true: what is asked for by name runs or is refused; only `auto` falls bac
 
     result, used = generate_with("auto", loaded, plan, prompts, options)
     used.name, used.notes
+    texts = Generator("auto", loaded, plan)          # for many calls: texts(prompts, options)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sedac_cli.errors import InputError, UsageError, did_you_mean
 from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.models import LoadedModel, pick_device
 from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, generate
 from sedac_cli.runtime.plan import Plan
+from sedac_cli.runtime.stream import context_limit
+
+if TYPE_CHECKING:
+    from sedac_cli.runtime.graph import GraphEngine
 
 ENGINES = ("auto", "eager", "graph")
+SHORTEST = 256
+"""Places of a cache that is to serve more than one call."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,58 @@ def _refuse(lossless: bool, deep: bool) -> None:
         raise UsageError("deep thinking runs tokens again, which the graph engine does not", hint="--engine eager")
 
 
+class Generator:
+    """Texts by one engine, call after call. A graph engine is for a batch and a length: it is kept, with the graphs it has captured,
+    for as long as calls fit it. `spare`: it is made with room for longer calls."""
+
+    def __init__(
+        self, engine: str, loaded: LoadedModel, plan: Plan, deep: DeepThinking | None = None, *, spare: bool = True
+    ):
+        if engine == "graph":
+            _refuse(False, deep is not None)
+        self.engine, self.loaded, self.plan, self.deep, self.spare = engine, loaded, plan, deep, spare
+        self.eager = engine == "eager" or deep is not None or (engine == "auto" and loaded.device.type != "cuda")
+        self.graph: GraphEngine | None = None
+        self.refused: dict[tuple[int, int], str] = {}
+        """Batches and lengths that `auto` need not try again, and why."""
+
+    def __call__(self, prompts: list[str], options: GenerateOptions) -> tuple[Generated, Used]:
+        if self.eager:
+            return self._eagerly(prompts, options), Used("eager")
+        width = encode_prompts(self.loaded, prompts, options)["input_ids"].shape[1]
+        check_room(self.loaded, width, options.max_new_tokens)  # before there is a cache of that size
+        size = len(prompts), self._length(width + options.max_new_tokens)
+        note = self.refused.get(size)
+        if note is None:
+            try:
+                graph = self._graph(*size)
+                return graph.generate(prompts, options), Used("graph", graph.path, graph.notes)
+            except InputError as error:
+                if self.engine == "graph":
+                    raise
+                note = self.refused[size] = f"the graph engine could not serve this: {error}"
+        return self._eagerly(prompts, options), Used("eager", notes=[note])
+
+    def _eagerly(self, prompts: list[str], options: GenerateOptions) -> Generated:
+        return generate(self.loaded, self.plan.gate, prompts, options, self.plan.standin, deep=self.deep)
+
+    def _length(self, needed: int) -> int:
+        if not self.spare:
+            return needed
+        room = max(SHORTEST, 1 << (needed - 1).bit_length())
+        return min(room, context_limit(self.loaded) or room)
+
+    def _graph(self, batch: int, length: int) -> GraphEngine:
+        from sedac_cli.runtime.graph import GraphEngine
+
+        kept = self.graph
+        if kept is None or kept.batch != batch or kept.max_length < length:
+            self.graph = None  # its cache makes room first
+            self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=length)
+        assert self.graph is not None
+        return self.graph
+
+
 def generate_with(
     engine: str,
     loaded: LoadedModel,
@@ -58,19 +118,5 @@ def generate_with(
     options: GenerateOptions,
     deep: DeepThinking | None = None,
 ) -> tuple[Generated, Used]:
-    if engine == "graph":
-        _refuse(False, deep is not None)
-    if engine == "eager" or deep is not None or (engine == "auto" and loaded.device.type != "cuda"):
-        return generate(loaded, plan.gate, prompts, options, plan.standin, deep=deep), Used("eager")
-    from sedac_cli.runtime.graph import GraphEngine
-
-    width = encode_prompts(loaded, prompts, options)["input_ids"].shape[1]
-    check_room(loaded, width, options.max_new_tokens)  # before there is a cache of that size
-    try:
-        graph = GraphEngine(loaded, plan, batch=len(prompts), max_length=width + options.max_new_tokens)
-        return graph.generate(prompts, options), Used("graph", graph.path, graph.notes)
-    except InputError as error:
-        if engine == "graph":
-            raise
-        note = f"the graph engine could not serve this: {error}"
-    return generate(loaded, plan.gate, prompts, options, plan.standin), Used("eager", notes=[note])
+    """Once, in a cache that is just long enough."""
+    return Generator(engine, loaded, plan, deep, spare=False)(prompts, options)
