@@ -24,6 +24,7 @@ from sedac_cli.errors import InputError, SedacError, ran_out
 from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, end_tokens
+from sedac_cli.runtime.graph.agreement import LONG, SHORT, Gap, own_step
 from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, require_graphs, require_served
 from sedac_cli.runtime.graph.describe import describe
 from sedac_cli.runtime.graph.fused import FusedStep, TooManyRowsError
@@ -41,10 +42,6 @@ from sedac_cli.standins import ZeroStandIn
 log = logging.getLogger("sedac")
 
 BURST = 8
-AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""How far a step's logits may be from the model's own, as a share of their norm."""
-SHORT, LONG = 6, 64
-"""Tokens over which that is measured: the first of a sequence, and the last for which cache and model have positions."""
 
 
 @dataclass
@@ -141,9 +138,9 @@ class GraphEngine:
             check_kernels(standard, loaded.decoder)
         check_rotation(loaded.decoder, standard.rotary, self.last_place)
         apart = self._apart(lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program))
-        if not apart <= AGREE[loaded.model.dtype]:
+        if not apart.fits:
             raise NotStandardError(
-                f"its layers look standard, but the kernels' logits are off by {apart:.2g} of their norm"
+                f"its layers look standard, but the kernels' logits are off by {apart.apart:.2g} of their norm"
             )
         return FusedStep(loaded.decoder, standard, self.plan.standin, self.cache, self.program)
 
@@ -163,37 +160,39 @@ class GraphEngine:
                 f"({type(error).__name__})",
                 hint=EAGER,
             ) from error
-        if not apart <= AGREE[loaded.model.dtype]:
+        if not apart.fits:
             raise InputError(
-                f"{name} over a cache of fixed size is off by {apart:.2g} of its logits' norm: it counts or masks positions in "
+                f"{name} over a cache of fixed size is off by {apart.apart:.2g} of its logits' norm: it counts or masks positions in "
                 "a way of its own",
                 hint=EAGER,
             )
         return GenericStep(loaded, self.plan.standin, self.cache, self.program)
 
-    def _apart(self, make: Callable[[Program], Callable[[State], Tensor]]) -> float:
-        """How far a step's logits are from the model's own forward pass, as a share of their norm: the larger of two distances."""
+    def _apart(self, make: Callable[[Program], Callable[[State], Tensor]]) -> Gap:
+        """How far a step's logits are from the model's own forward pass, at both ends of the cache."""
         step = make(Program(self.loaded.decoder.num_layers, self.batch, self.device))
         last = self.last_place
         long = min(LONG, last + 1 if last else self.max_length)
         begin = last + 1 - long if last and takes(self.loaded.model, "position_ids") else 0
-        found = [self._apart_after(step, min(SHORT, long), 0), self._apart_after(step, long, begin)]
-        return float(torch.tensor(found).max())  # NaN, if one of them is
+        return Gap.worst(self._apart_after(step, min(SHORT, long), 0), self._apart_after(step, long, begin))
 
     @torch.inference_mode()
-    def _apart_after(self, step: Callable[[State], Tensor], length: int, begin: int) -> float:
+    def _apart_after(self, step: Callable[[State], Tensor], length: int, begin: int) -> Gap:
         """After so many random tokens, the first of which stands at position `begin`."""
         loaded = self.loaded
         ids = torch.randint(0, loaded.decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(
             self.device
         )
         mask = torch.ones_like(ids)
-        own = loaded.model(**self._arguments(ids, mask, begin), use_cache=False).logits[0, -1].float()
+        own = loaded.model(**self._arguments(ids, mask, begin), use_cache=False).logits[0, -1]
         _, prompt, _ = self._prompt(ids[:, :-1], mask[:, :-1], gated=False, begin=begin)
         self._load(ids[:, :-1], mask[:, :-1], prompt, ids[:, -1])
         self.state.position[0] += begin
-        found = step(self.state)[0].float()
-        return float((found - own).norm() / own.norm())
+        found = step(self.state)[0]
+        last = self._arguments(ids, mask, begin)
+        last |= {name: last[name][:, -1:] for name in ("input_ids", "position_ids") if name in last}  # type: ignore[index]
+        again = own_step(loaded.model, self._arguments(ids[:, :-1], mask[:, :-1], begin), last)
+        return Gap.of(found, own, again, loaded.model.dtype)
 
     @torch.inference_mode()
     def _one_step(self, choose: Chooser, ends: Tensor, pad: int, into: Burst, index: int) -> None:
