@@ -87,6 +87,7 @@ __device__ __forceinline__ void push_vectors(State& state, const Item& item, int
 #if GROUP > 1
 // A lane's share of an item, UNROLL loads at a time in registers.
 __device__ __forceinline__ State scan(const Item& item, int lane) {
+  static_assert(UNROLL % AT_ONCE == 0, "loads are worked on AT_ONCE at a time");
   State state = empty_state();
   push_head(state, item, lane);
   const uint4* body = item.body();

@@ -72,7 +72,8 @@ __device__ __forceinline__ State join(State a, State b) {
 }
 
 // A warp's next logits, the same number in every lane; `index(j)` of the j-th grows with j. The maximum and its index are the warp's: in
-// lanes of their own, some lane of 32 would find a new one in 38 % of 198 steps (random logits), and all would wait for it.
+// lanes of their own, some lane of 32 would find a new one in 38 % of 198 steps (expected of random logits: the mean of
+// 1 - (1 - 1/i)^32), and all would wait for it.
 template <int N, class Index>
 __device__ __forceinline__ void push(State& p, float (&v)[N], Index index) {
   float top = v[0];

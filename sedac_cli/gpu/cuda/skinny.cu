@@ -12,7 +12,7 @@
 // decides. With RACES the work begins as soon as x is there, which `*ready` reaching `parts` says (without `ready`: it was before
 // the launch ahead began), and runs beside that launch's decision: until the flag is no longer PENDING one thread of a block looks
 // at it after every step and tells the others, who wait for nobody.
-// Constants: T (1, 2), TILES (16 rows of W each, an item's), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
+// Constants: T (1, 2), TILES (up to 16 rows of W each, an item's), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
 // ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm; and OTHER (linear_parts.cuh): a launch that
 // its flag is against then does that work. GATED: on the same x, into the columns behind those of y (a block that has not
