@@ -133,11 +133,11 @@ class LiveScreen:
         if live is None:
             return
         self.turn = turn
-        live.stop()
-        self.unseen.close()
-        if turn is not None:
-            self.console.print(self.frame(whole=True))
-            self.console.print(summary(turn), style="dim")
+        with self.unseen:  # until all is drawn
+            live.stop()
+            if turn is not None:
+                self.console.print(self.frame(whole=True))
+                self.console.print(summary(turn), style="dim")
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, style="cyan")
