@@ -208,7 +208,8 @@ def sedac(capsys, monkeypatch):
 
 def python(*args: object, env: dict[str, str] | None = None, **more) -> subprocess.Popen[str]:
     """A Python of its own that finds this checkout; stdout and stderr are piped."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {})
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | more
     return subprocess.Popen([sys.executable, *map(str, args)], env=environment, **pipes)
 
