@@ -204,6 +204,14 @@ def test_float64_is_refused(tmp_path):
     assert caught.value.hint.startswith("--dtype float32, or --engine eager")
 
 
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    loaded = loaded_of(tmp_path)
+    loaded.decoder.layers[2].to("meta")
+    with pytest.raises(InputError, match=r"Qwen2ForCausalLM is spread over cpu, meta: .* one GPU") as caught:
+        engine_of(loaded)
+    assert caught.value.hint.startswith("no --device-map, or --engine eager")
+
+
 def test_a_batch_too_large_for_the_kernels_runs_through_the_models_own_code(tmp_path):
     loaded = loaded_of(tmp_path)
     engine = engine_of(loaded, batch=65)

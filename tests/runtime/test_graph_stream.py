@@ -139,6 +139,15 @@ def test_a_shorter_cache_is_taken_only_if_asked(tiny, crowded):
         GraphStream.fitting(tiny, plan, 500, shrink=True, capture=False)  # half of it is too short for anybody
 
 
+def test_no_room_beside_the_cache_is_said_alike(tiny, monkeypatch):
+    def full(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("sedac_cli.runtime.graph.lookup.rotary_tables", full)
+    with pytest.raises(InputError, match=r"^out of GPU memory for a cache of 1 x 300 tokens: CUDA .* 2.00 GiB"):
+        GraphStream(tiny, plan_of(tiny, "always:2"), 300, capture=False)
+
+
 def test_what_it_cannot_tell_or_hold_is_refused(tiny):
     run = made(tiny, "never")
     assert run.dense is run.gated

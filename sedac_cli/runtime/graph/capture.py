@@ -53,11 +53,11 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
 
 @contextlib.contextmanager
 def memory_said(batch: int, max_length: int) -> Iterator[None]:
-    """A cache that does not fit is said in its own terms."""
+    """A cache that does not fit, with all that is made and measured around it, is said in its own terms."""
     try:
         yield
     except Exception as error:
-        if not ran_out(error):
+        if isinstance(error, SedacError) or not ran_out(error):
             raise
         raise no_room(error, f"for a cache of {batch} x {max_length} tokens", SMALLER) from error
 
@@ -68,6 +68,12 @@ def require_served(loaded: LoadedModel, plan: Plan) -> None:
         raise InputError(
             f"{type(loaded.model).__name__} computes in {loaded.model.dtype}: the graph engine runs float32, float16 and bfloat16",
             hint=f"--dtype float32, or {EAGER}",
+        )
+    places = sorted({str(weight.device) for weight in loaded.model.parameters()})
+    if len(places) > 1:
+        raise InputError(
+            f"{type(loaded.model).__name__} is spread over {', '.join(places)}: the graph engine runs on one GPU",
+            hint=f"no --device-map, or {EAGER}",
         )
     if isinstance(plan.gate, SpanGate):
         raise InputError(

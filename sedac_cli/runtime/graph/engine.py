@@ -94,14 +94,14 @@ class GraphEngine:
         self.device = loaded.device
         self.notes: list[str] = []
         self.state = State.empty(batch, self.device)
+        layers = loaded.decoder.num_layers
         with memory_said(batch, max_length):
             self.cache = KVCache(loaded, batch, max_length + burst)
-        layers = loaded.decoder.num_layers
-        self.last_place = last_place(loaded.decoder, max_length)
-        self.program: Program = (
-            ForcedProgram(layers, batch, self.device) if forced else make_program(plan.gate, batch, self.device)
-        )
-        self.step = self._make_step(fused)
+            self.last_place = last_place(loaded.decoder, max_length)
+            self.program: Program = (
+                ForcedProgram(layers, batch, self.device) if forced else make_program(plan.gate, batch, self.device)
+            )
+            self.step = self._make_step(fused)
         self.settings = Settings.on(self.device)
         self.graphs: dict[tuple[Any, int], tuple[Any, Burst]] = {}
         self.last: Run | None = None
