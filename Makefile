@@ -4,6 +4,8 @@ VENV   ?= .venv
 VLLM_VENV ?= .venv-vllm
 BIN    := $(VENV)/bin
 SEDAC  := $(BIN)/sedac
+# make test BIN=/opt/env/bin takes an environment that is there already.
+READY  := $(if $(filter command,$(origin BIN)),,.ready)
 
 # What the pipeline targets run on; override on the command line: make collect MODEL=Qwen/Qwen2.5-3B-Instruct
 MODEL    ?= builtin:tiny
@@ -32,7 +34,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.ready
+# CuPy for the CUDA that torch was built for; none where torch has none.
+$(VENV)/.ready-gpu: $(VENV)/.ready
+	extra=$$($(BIN)/python -c 'import torch; print({"12": "gpu", "13": "gpu-cuda13"}.get(str(torch.version.cuda).split(".")[0], ""))') && \
+	  { [ -z "$$extra" ] || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extra]"; }
+	@touch $@
+
+setup: $(READY:%=$(VENV)/%)
 
 demo: setup
 	$(SEDAC) demo $(ARGS)
@@ -57,9 +65,9 @@ vllm-test: vllm-env
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/in_vllm $(ARGS)
 
 # A process for each file: after a fault of one kernel a process can launch no other.
-gpu-test: setup
+gpu-test: $(READY:%=$(VENV)/%-gpu)
 	@failed=0; for file in $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py'); do \
-	  echo "$$file"; $(BIN)/python -m pytest -m gpu $$file $(ARGS); code=$$?; \
+	  echo "$$file"; $(BIN)/python -m pytest -rs -m gpu $$file $(ARGS); code=$$?; \
 	  [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; done; exit $$failed
 
 lint: setup
