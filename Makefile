@@ -5,7 +5,7 @@ VLLM_VENV ?= .venv-vllm
 BIN    := $(VENV)/bin
 SEDAC  := $(BIN)/sedac
 # make test BIN=/opt/env/bin takes an environment that is there already.
-READY  := $(if $(filter command,$(origin BIN)),,.ready)
+OWN    := $(filter command,$(origin BIN))
 
 # What the pipeline targets run on; override on the command line: make collect MODEL=Qwen/Qwen2.5-3B-Instruct
 MODEL    ?= builtin:tiny
@@ -40,7 +40,7 @@ $(VENV)/.ready-gpu: $(VENV)/.ready
 	  { [ -z "$$extra" ] || $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$$extra]"; }
 	@touch $@
 
-setup: $(READY:%=$(VENV)/%)
+setup: $(if $(OWN),,$(VENV)/.ready)
 
 demo: setup
 	$(SEDAC) demo $(ARGS)
@@ -66,7 +66,7 @@ vllm-test: vllm-env
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/in_vllm $(ARGS)
 
 # A process for each file: after a fault of one kernel a process can launch no other.
-gpu-test: $(READY:%=$(VENV)/%-gpu)
+gpu-test: $(if $(OWN),,$(VENV)/.ready-gpu)
 	@failed=0; for file in $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py'); do \
 	  echo "$$file"; $(BIN)/python -m pytest -rs -m gpu $$file $(ARGS); code=$$?; \
 	  [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; done; exit $$failed

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sedac_cli.errors import ran_out
+
 AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """As a share of their norm, whatever the model."""
 SHORT, LONG = 6, 64
@@ -60,6 +62,6 @@ def own_step(model: Any, before: dict[str, Any], last: dict[str, Any]) -> Tensor
         model(**before, **given)
         return model(**last, **given).logits[0, -1]
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if ran_out(error):
             raise
         return None

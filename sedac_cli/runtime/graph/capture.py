@@ -25,25 +25,24 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                once()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # A graph or a pool that the garbage collector frees while another is being captured ends the process.
-        gc.collect()
-        gc.disable()
-        try:
-            with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-                work()
-        finally:
-            gc.enable()
+        with memory_said("while a decode step was captured"):
+            with torch.cuda.stream(side):
+                for _ in range(2):
+                    once()
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # A graph or a pool that the garbage collector frees while another is being captured ends the process.
+            gc.collect()
+            gc.disable()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                    work()
+            finally:
+                gc.enable()
     except SedacError:
         raise
     except Exception as error:
-        if ran_out(error):
-            raise no_room(error, "while a decode step was captured", SMALLER) from error
         raise InputError(
             f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
             hint=f"{EAGER} runs any model",
@@ -52,14 +51,16 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
 
 
 @contextlib.contextmanager
-def memory_said(batch: int, max_length: int) -> Iterator[None]:
-    """A cache that does not fit, with all that is made and measured around it, is said in its own terms."""
+def memory_said(what: str) -> Iterator[None]:
+    """Memory that runs out in here is said in the engine's terms; `what`: for what, or while what."""
     try:
         yield
+    except SedacError:
+        raise
     except Exception as error:
-        if isinstance(error, SedacError) or not ran_out(error):
+        if not ran_out(error):
             raise
-        raise no_room(error, f"for a cache of {batch} x {max_length} tokens", SMALLER) from error
+        raise no_room(error, what, SMALLER) from error
 
 
 def require_served(loaded: LoadedModel, plan: Plan) -> None:

@@ -95,7 +95,7 @@ class GraphEngine:
         self.notes: list[str] = []
         self.state = State.empty(batch, self.device)
         layers = loaded.decoder.num_layers
-        with memory_said(batch, max_length):
+        with memory_said(f"for a cache of {batch} x {max_length} tokens"):
             self.cache = KVCache(loaded, batch, max_length + burst)
             self.last_place = last_place(loaded.decoder, max_length)
             self.program: Program = (
@@ -137,10 +137,10 @@ class GraphEngine:
         if self.device.type == "cuda":
             check_kernels(standard, loaded.decoder)
         check_rotation(loaded.decoder, standard.rotary, self.last_place)
-        apart = self._apart(lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program))
-        if not apart.fits:
+        gap = self._gap(lambda program: FusedStep(loaded.decoder, standard, ZeroStandIn(), self.cache, program))
+        if not gap.fits:
             raise NotStandardError(
-                f"its layers look standard, but the kernels' logits are off by {apart.apart:.2g} of their norm"
+                f"its layers look standard, but the kernels' logits are off by {gap.apart:.2g} of their norm"
             )
         return FusedStep(loaded.decoder, standard, self.plan.standin, self.cache, self.program)
 
@@ -148,7 +148,7 @@ class GraphEngine:
         loaded = self.loaded
         refuse(loaded, self.max_length)
         try:
-            apart = self._apart(lambda program: GenericStep(loaded, ZeroStandIn(), self.cache, program))
+            gap = self._gap(lambda program: GenericStep(loaded, ZeroStandIn(), self.cache, program))
         except SedacError:
             raise
         except Exception as error:
@@ -160,38 +160,38 @@ class GraphEngine:
                 f"({type(error).__name__})",
                 hint=EAGER,
             ) from error
-        if not apart.fits:
+        if not gap.fits:
             raise InputError(
-                f"{name} over a cache of fixed size is off by {apart.apart:.2g} of its logits' norm: it counts or masks positions in "
+                f"{name} over a cache of fixed size is off by {gap.apart:.2g} of its logits' norm: it counts or masks positions in "
                 "a way of its own",
                 hint=EAGER,
             )
         return GenericStep(loaded, self.plan.standin, self.cache, self.program)
 
-    def _apart(self, make: Callable[[Program], Callable[[State], Tensor]]) -> Gap:
+    def _gap(self, make: Callable[[Program], Callable[[State], Tensor]]) -> Gap:
         """How far a step's logits are from the model's own forward pass, at both ends of the cache."""
         step = make(Program(self.loaded.decoder.num_layers, self.batch, self.device))
         last = self.last_place
         long = min(LONG, last + 1 if last else self.max_length)
         begin = last + 1 - long if last and takes(self.loaded.model, "position_ids") else 0
-        return Gap.worst(self._apart_after(step, min(SHORT, long), 0), self._apart_after(step, long, begin))
+        return Gap.worst(self._gap_after(step, min(SHORT, long), 0), self._gap_after(step, long, begin))
 
     @torch.inference_mode()
-    def _apart_after(self, step: Callable[[State], Tensor], length: int, begin: int) -> Gap:
+    def _gap_after(self, step: Callable[[State], Tensor], length: int, begin: int) -> Gap:
         """After so many random tokens, the first of which stands at position `begin`."""
         loaded = self.loaded
         ids = torch.randint(0, loaded.decoder.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(
             self.device
         )
         mask = torch.ones_like(ids)
-        own = loaded.model(**self._arguments(ids, mask, begin), use_cache=False).logits[0, -1]
+        whole = self._arguments(ids, mask, begin)
+        own = loaded.model(**whole, use_cache=False).logits[0, -1]
         _, prompt, _ = self._prompt(ids[:, :-1], mask[:, :-1], gated=False, begin=begin)
         self._load(ids[:, :-1], mask[:, :-1], prompt, ids[:, -1])
         self.state.position[0] += begin
         found = step(self.state)[0]
-        last = self._arguments(ids, mask, begin)
-        last |= {name: last[name][:, -1:] for name in ("input_ids", "position_ids") if name in last}  # type: ignore[index]
-        again = own_step(loaded.model, self._arguments(ids[:, :-1], mask[:, :-1], begin), last)
+        newest = {n: x[:, -1:] for n, x in whole.items() if isinstance(x, Tensor) and n != "attention_mask"}
+        again = own_step(loaded.model, self._arguments(ids[:, :-1], mask[:, :-1], begin), whole | newest)
         return Gap.of(found, own, again, loaded.model.dtype)
 
     @torch.inference_mode()
