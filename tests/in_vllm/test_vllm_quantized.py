@@ -44,7 +44,7 @@ def int4_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def int8_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs with AMX vLLM takes a kernel for half precision alone, whose dense log-probabilities were up to 0.8 off."""
+    """On CPUs with AMX vLLM takes a kernel for half precision alone: the other one computes what is compared here."""
     monkeypatch.setattr("vllm.model_executor.kernels.linear.scaled_mm.cpu.check_cpu_sgl_kernel", lambda *shape: False)
 
 
