@@ -15,6 +15,7 @@ DATA_DIR ?= sedac_data
 MATRIX   ?= builtin:speed
 BENCH_DIR ?= sedac_bench
 ARGS     ?=
+GPU_WORKERS ?= 8
 
 .PHONY: help setup demo test lint types gpu-test check-kernels collect train-probes calibrate validate bench bench-cpu bench-decide vllm-env vllm-test clean
 
@@ -65,10 +66,10 @@ vllm-env: $(VLLM_VENV)/.ready
 vllm-test: vllm-env
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/in_vllm $(ARGS)
 
-# A process for each file: after a fault of one kernel a process can launch no other.
+# Processes of its own for each file: after a fault of one kernel a process can launch no other, and one file takes all memory.
 gpu-test: $(if $(OWN),,$(VENV)/.ready-gpu)
 	@failed=0; for file in $$(grep -rl 'pytest\.mark\.gpu' tests --include='test_*.py'); do \
-	  echo "$$file"; $(BIN)/python -m pytest -rs -m gpu $$file $(ARGS); code=$$?; \
+	  echo "$$file"; $(BIN)/python -m pytest -n $(GPU_WORKERS) -rs -m gpu $$file $(ARGS); code=$$?; \
 	  [ $$code -eq 0 ] || [ $$code -eq 5 ] || failed=1; done; exit $$failed
 
 lint: setup

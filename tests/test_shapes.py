@@ -110,5 +110,6 @@ def test_random_weights_are_named_however_they_are_asked_for(bench, tmp_path):
         result = bench(*args, "--quality-samples", 0)
         assert result.code == 0, result.err
         assert "shape:small: RANDOM weights" in result.err
+        assert "(random weights)" in result.out
         assert bench.document()["random_weights"]
         assert "**random weights" in (tmp_path / "out" / "report.md").read_text()

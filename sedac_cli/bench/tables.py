@@ -5,7 +5,7 @@ for table in tables(document): print(table.title, table.columns, table.rows)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ def tables(document: dict[str, Any]) -> list[Table]:
     for build in (_speed, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes):
         table = build(document)
         if table.rows:
-            found.append(table)
+            found.append(
+                replace(table, title=f"{table.title} (random weights)") if document["random_weights"] else table
+            )
     return found
 
 
