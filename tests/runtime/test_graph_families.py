@@ -34,6 +34,12 @@ REFUSED = {
     "bart": POSITIONS, "trocr": POSITIONS, "bloom": ONE_TOKEN, "bloom/residual_after_norm": ONE_TOKEN,
     "falcon/serial_alibi": ONE_TOKEN,
 }  # fmt: skip
+EXPERTS = [
+    "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "gpt_oss",
+    "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
+]  # fmt: skip
+"""Their products are grouped on the device in bfloat16, by the host otherwise."""
+REFUSED_CAPTURED = REFUSED | {"jetmoe": "cannot be captured"}
 REFUSED_WITH_A_GATE = {"gemma3n_text": "several streams"}
 """By eager too."""
 
@@ -98,14 +104,23 @@ def test_a_family_whose_layers_do_not_all_rotate_is_not_standard():
 @pytest.mark.parametrize("spec", ["never", "always:1"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_tokens_are_those_of_eager_or_the_family_is_refused(family, spec):
-    model = copy.deepcopy(build(family)).cuda()
+    model = copy.deepcopy(build(family)).to("cuda", torch.bfloat16 if family in EXPERTS else torch.float32)
+    reason = REFUSED_CAPTURED.get(family) or (REFUSED_WITH_A_GATE.get(family) if spec != "never" else None)
     loaded = adopt_model(model, tiny_tokenizer(), family)
     ids = torch.randint(3, 97, (1, 10), generator=torch.Generator().manual_seed(1)).cuda()
-    try:
+    if reason is None:
         found, _ = graph(loaded, ids, spec, capture=True)
-    except InputError as refusal:
-        if spec != "never" and family in REFUSED_WITH_A_GATE:
-            return
-        assert "--engine eager" in (refusal.hint or "")  # noqa: PT017 - either way is right, silence is not
-    else:
         assert found.tolist() == eager(model, ids, spec).tolist()
+        return
+    with pytest.raises(InputError, match=reason) as refusal:
+        graph(loaded, ids, spec, capture=True)
+    assert family in REFUSED_WITH_A_GATE or "--engine eager" in (refusal.value.hint or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured here")
+def test_experts_in_float32_are_refused_with_what_to_do():
+    loaded = adopt_model(copy.deepcopy(build("mixtral")).cuda(), tiny_tokenizer(), "mixtral")
+    with pytest.raises(InputError, match="cannot be captured") as refusal:
+        graph(loaded, torch.ones(1, 10, dtype=torch.long, device="cuda"), "never", capture=True)
+    assert "bfloat16" in (refusal.value.hint or "")

@@ -14,6 +14,7 @@ import torch
 from sedac_cli.errors import InputError, SedacError, no_room, ran_out
 from sedac_cli.gates.span import SpanGate
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.graph.constants import Constants
 from sedac_cli.runtime.plan import Plan
 
 EAGER = "--engine eager (of sedac serve: --backend eager)"
@@ -31,12 +32,12 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
                     once()
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
+            graph, constants = torch.cuda.CUDAGraph(), Constants()
             # A graph or a pool that the garbage collector frees while another is being captured ends the process.
             gc.collect()
             gc.disable()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+                with torch.cuda.graph(graph, capture_error_mode="relaxed"), constants:
                     work()
             finally:
                 gc.enable()
@@ -45,9 +46,15 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
     except Exception as error:
         raise InputError(
             f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
-            hint=f"{EAGER} runs any model",
+            hint=f"{EAGER} runs any model (experts can be captured in bfloat16 only)",
         ) from error
-    return graph.replay
+    constants.side.synchronize()
+
+    def replay(kept: Constants = constants) -> None:
+        """Replays read what `kept` holds."""
+        graph.replay()
+
+    return replay
 
 
 @contextlib.contextmanager
