@@ -11,6 +11,7 @@ from sedac_cli.errors import InputError
 from sedac_cli.models import load_model
 from sedac_cli.runtime.generate import GenerateOptions, check_room, generate
 from sedac_cli.runtime.graph import GraphEngine
+from sedac_cli.runtime.graph.capture import why
 from sedac_cli.runtime.graph.rotation import last_place
 from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
 from sedac_cli.runtime.plan import make_plan
@@ -249,3 +250,20 @@ def test_a_window_is_as_long_as_the_hint_says(tmp_path):
     done = engine_of(loaded, max_length=24).run(ids, torch.ones_like(ids), OPTIONS)
     expected = loaded.model.generate(ids, max_new_tokens=12, eos_token_id=None, do_sample=False)
     assert torch.equal(torch.cat([done.first, done.tokens[:, 0]]), expected[0, 12:])
+
+
+# Capturing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("torch_says", "says"),
+    [
+        ("Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned. Please use "
+         "tensor.pin_memory() or allocate the tensor with pin_memory=True.", "waits for what the device computed"),
+        ("CUDA error: operation not permitted when stream is capturing\nFor debugging consider", "waits for what the device computed"),
+        ("CUDA error: invalid argument\nFor debugging consider", "CUDA error: invalid argument"),
+        ("", "RuntimeError"),
+    ],
+)  # fmt: skip
+def test_why_a_step_cannot_be_captured_is_one_line_about_the_model(torch_says, says):
+    assert why(RuntimeError(torch_says)).endswith(says)

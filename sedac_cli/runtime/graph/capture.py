@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,7 +46,7 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
         raise
     except Exception as error:
         raise InputError(
-            f"a decode step of {name} cannot be captured into a CUDA graph: {str(error).splitlines()[0]}",
+            f"a decode step of {name} cannot be captured into a CUDA graph: {why(error)}",
             hint=f"{EAGER} runs any model (experts can be captured in bfloat16 only)",
         ) from error
     constants.side.synchronize()
@@ -55,6 +56,12 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
         graph.replay()
 
     return replay
+
+
+def why(error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    waits = re.search(r"between CPU and CUDA tensors|stream is capturing", line)
+    return "within a step its code waits for what the device computed" if waits else line
 
 
 @contextlib.contextmanager
