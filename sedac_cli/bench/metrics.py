@@ -59,6 +59,11 @@ class Run:
     def decode_tokens(self) -> int:
         return self.new_tokens - self.sequences
 
+    @property
+    def steps(self) -> float:
+        """Decode steps of sequences of one length."""
+        return self.decode_tokens / self.sequences
+
 
 def gaps(times: Sequence[float]) -> list[float]:
     return [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -118,8 +123,11 @@ def floor(runs: Sequence[Run]) -> dict[str, Any] | None:
     known = [(run.floor_seconds, run.decode_seconds, run) for run in runs if run.floor_seconds and run.decode_seconds]
     if not known:
         return None
-    steps = [least * run.sequences / run.decode_tokens for least, _, run in known]
-    return {"step_seconds": float(np.median(steps)), "share": spread([least / took for least, took, _ in known])}
+    return {
+        "step_seconds": float(np.median([least / run.steps for least, _, run in known])),
+        "took_seconds": float(np.median([took / run.steps for _, took, run in known])),
+        "share": spread([least / took for least, took, _ in known]),
+    }
 
 
 def skips(runs: Sequence[Run]) -> dict[str, Any]:

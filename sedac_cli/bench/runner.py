@@ -113,6 +113,20 @@ def _run_cell(
         for engine in sorted(beside_dense):
             _add_cell(own_dense, cell, [(None, run) for run in pooled[cell.label, engine]], engine, {})
             _note_failures(own_dense, cell, note)
+    if experiments[0].is_baseline:
+        _add_asides(matrix, backend, workload, cell, results[experiments[0].name], note)
+
+
+def _add_asides(
+    matrix: Matrix, backend: Backend, workload: Workload, cell: Cell, dense: dict[str, Any], note: Callable[[str], None]
+) -> None:  # fmt: skip
+    """Once all sessions are closed. A side note is not worth a crash."""
+    for found in dense["cells"]:
+        if found["label"] == cell.label:
+            try:
+                found["aside"] = backend.aside(cell, found["engine"], _prompts(matrix, backend, workload, cell)[0])
+            except Exception as error:
+                note(f"{cell.label}: no side note of eager generate(): {type(error).__name__}: {error}")
 
 
 def _add_cell(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac_cli.artifacts.files import atomic_file
-from sedac_cli.bench.document import work_label
+from sedac_cli.bench.document import side_note, work_label
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,20 @@ def _speed(document: dict[str, Any]) -> Table:
             name, work, _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
             _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
             _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"]),
-            *((_ms(floor.get("step_seconds"), 3), _share(share.get("median"))) if known else ()),
+            *((_ms(floor.get("took_seconds"), 3), _ms(floor.get("step_seconds"), 3), _share(share.get("median")))
+              if known else ()),
         ])  # fmt: skip
     columns = [
         "configuration", "work", "speed-up", "decode", "prefill", "tokens/s", "decode tok/s", "prefill tok/s", "MLPs skipped",
     ]  # fmt: skip
     note = f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}."
     if known:
-        columns += ["step floor", "of floor"]
+        columns += ["step", "step floor", "of floor"]
         bandwidth = document["subject"]["read_bytes_per_second"] / 1e12
         note += (
             f" Step floor: the bytes a decode step had to read, at the {bandwidth:.2f} TB/s with which this GPU reads (measured "
             "before the run). Of floor: the floor / the time the step took; 100 % is as fast as reading allows."
+            + side_note(document["configurations"])
         )
     return Table("speed", columns, rows, note)
 

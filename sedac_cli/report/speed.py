@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sedac_cli.bench.document import work_label
+from sedac_cli.bench.document import side_note, work_label
 from sedac_cli.report import plots
 from sedac_cli.report.plots import Point
 from sedac_cli.report.sources import RunData
@@ -44,7 +44,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
         note = f"Speed-up: dense wall time / own, pairs in one run. Dense is: {run.bench.get('baseline', 'dense')}."
         if known:
             columns += ["step floor", "of floor"]
-            note += " " + _floor_note(run.bench)
+            note += " " + _floor_note(run.bench) + side_note(run.configurations)
         page["tables"]["speed"] = Table(columns, rows, note)
     if ratios:
         page["figures"]["speed"] = plots.speed_figure(ratios)

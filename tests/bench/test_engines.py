@@ -66,6 +66,7 @@ def bench(sedac, tmp_path, tiny_folder, text_file):
         own = ("-m", tiny_folder, "--dataset", text_file)
         return sedac("bench", "--save-dir", tmp_path / "out", *own, *small, *args)
 
+    call.folder = tmp_path / "out"
     call.document = lambda: json.loads((tmp_path / "out" / "bench.json").read_text())
     call.report = lambda: (tmp_path / "out" / "report.md").read_text()
     return call
@@ -166,6 +167,46 @@ def test_dense_alone_gives_way_as_well(bench, graphs, order, monkeypatch):
     assert (result.code, order) == (0, [("eager", True)])
     assert "dense runs in the eager engine; the graph engine refuses" in result.err
     assert bench.document()["baseline"] == EAGER
+
+
+def test_beside_the_floor_a_side_note_says_what_eager_takes(bench, graphs, order, monkeypatch):
+    """No row, no pair, no other baseline."""
+    monkeypatch.setattr(hf, "read_bandwidth", lambda device: 1e9)
+    result = bench("--gates", "always:2", "--batch", "1,2")
+    assert result.code == 0, result.err
+    found = bench.document()
+    assert engines(found) == {name: [(1, "graph"), (2, "graph")] for name in ("dense", "always:2")}
+    assert found["baseline"] == GRAPH
+    dense, gated = (c["cells"] for c in found["configurations"])
+    assert all("aside" not in cell for cell in gated)
+    assert order[-4:] == [("eager", True)] * 4  # one warms up
+    for cell in dense:
+        aside = cell["aside"]
+        assert (aside["engine"], len(aside["samples"])) == ("eager", 3)
+        assert aside["step_seconds"] == sorted(aside["samples"])[1] > 0
+        told = f"{aside['step_seconds'] * 1e3:.1f} ms a step in {cell['label']}"
+        ratio = f"({aside['step_seconds'] / cell['floor']['took_seconds']:.1f}x)"
+        assert f"{told} {ratio}" in bench.report()
+    said = "Side note, no baseline: eager generate()"
+    assert said in " ".join(result.out.split())
+    assert said in (bench.folder / "report.html").read_text()
+
+
+def test_without_a_floor_or_with_a_failing_side_note_there_is_none(bench, graphs, order, monkeypatch):
+    assert bench("--gates", "always:2").code == 0
+    assert {engine for engine, _ in order} == {"graph"}
+    assert "Side note" not in bench.report()
+
+    def fail(self, prompts, new_tokens):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(hf, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(hf.EagerSession, "run", fail)
+    result = bench("--gates", "always:2")
+    assert result.code == 0
+    assert "batch 1, prompt 12: no side note of eager generate(): RuntimeError: a fault" in result.err
+    assert bench.document()["crashed"] == []
+    assert "Side note" not in bench.report()
 
 
 def test_by_name_nothing_gives_way(bench, graphs, order, monkeypatch):

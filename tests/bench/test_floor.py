@@ -81,6 +81,7 @@ def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
     assert run.floor_seconds == pytest.approx(expected)
     found = summarize([run])["floor"]
     assert found["step_seconds"] == pytest.approx(expected / 4)
+    assert found["took_seconds"] == pytest.approx(run.decode_seconds / 4)
     assert found["share"]["median"] == pytest.approx(expected / run.decode_seconds)
     assert GraphSession(tiny, plan, Cell(rows, 24, 5), None).run(["the sea"] * rows, 5).floor_seconds is None
 
@@ -96,7 +97,7 @@ def test_the_table_has_it_only_where_it_is_known():
         return dict(zip(table.columns, table.rows[0], strict=True)), table.caption
 
     row, caption = columns(run)
-    assert (row["step floor"], row["of floor"]) == ("62.500 ms", "25.0%")
+    assert (row["step"], row["step floor"], row["of floor"]) == ("250.000 ms", "62.500 ms", "25.0%")
     assert "4.00 TB/s" in caption
     row, caption = columns(Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1]))
     assert "of floor" not in row

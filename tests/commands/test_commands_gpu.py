@@ -84,6 +84,9 @@ def test_a_bench_of_a_shape(sedac, tmp_path):
         assert configuration["errors"] == []
         for cell in configuration["cells"]:
             assert 0.05 < cell["floor"]["share"]["median"] < 1
+    for cell in found["configurations"][0]["cells"]:
+        assert cell["aside"]["step_seconds"] > cell["floor"]["took_seconds"]
+    assert "Side note, no baseline: eager generate()" in " ".join(result.out.split())
     half = found["configurations"][1]["cells"][0]
     assert half["speedup"]["median"] > 1
     assert "(random weights)" in result.out

@@ -69,6 +69,10 @@ class Backend(Protocol):
 
     def open(self, experiment: Experiment, cell: Cell, engine: str) -> AbstractContextManager[Session]: ...
 
+    def aside(self, cell: Cell, engine: str, prompts: list[str]) -> dict[str, Any] | None:
+        """The step of a slower way than dense in `engine`, for a note under the table: what one must not compare with."""
+        ...
+
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
         """What the configuration does to the model's quality; None where it cannot change it."""
         ...

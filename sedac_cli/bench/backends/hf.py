@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,8 @@ BASELINES = {
     "eager": "transformers generate(), the stock model with nothing installed in it",
     "graph": "the same CUDA-graph engine, gate never",
 }
+
+ASIDE_TOKENS, ASIDE_RUNS = 17, 3
 
 
 def open_backend(matrix: Matrix, model: ModelSpec, seed: int) -> HuggingFace:
@@ -137,6 +140,15 @@ class HuggingFace:
             session.close()
             if self.loaded.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def aside(self, cell: Cell, engine: str, prompts: list[str]) -> dict[str, Any] | None:
+        """Beside the graph engine on a GPU: Hugging Face's own `generate`, without a pair and after the pairs."""
+        if engine != "graph" or not self.bandwidth or cell.new_tokens < 2:
+            return None
+        session, tokens = EagerSession(self.loaded, None), min(cell.new_tokens, ASIDE_TOKENS)
+        runs = [session.run(prompts, tokens) for _ in range(1 + ASIDE_RUNS)][1:]
+        samples = [run.decode_seconds / run.steps for run in runs if run.decode_seconds]
+        return {"engine": "eager", "step_seconds": statistics.median(samples), "samples": samples}
 
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
         plan = self._plan(experiment)

@@ -73,6 +73,9 @@ class OpenAI:
         with self._client(experiment) as client:
             yield ServerSession(client, cell, self.seed)
 
+    def aside(self, cell: Cell, engine: str, prompts: list[str]) -> None:
+        return None
+
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
         """Perplexity of the prompts, from the server's own log-probabilities of them."""
         if self.matrix.quality.tasks:

@@ -69,6 +69,9 @@ class VLLM:
     def open(self, experiment: Experiment, cell: Cell, engine: str) -> Iterator[Session]:
         yield VLLMSession(self._engine(experiment), experiment)
 
+    def aside(self, cell: Cell, engine: str, prompts: list[str]) -> None:
+        return None
+
     def quality(self, experiment: Experiment, corpus: Corpus | None, prompts: list[str]) -> dict[str, Any] | None:
         from vllm import SamplingParams
 
