@@ -24,14 +24,10 @@ class Table:
 
 
 def tables(document: dict[str, Any]) -> list[Table]:
-    found = []
-    for build in (_speed, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes):
-        table = build(document)
-        if table.rows:
-            found.append(
-                replace(table, title=f"{table.title} (random weights)") if document["random_weights"] else table
-            )
-    return found
+    builders = (_speed, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes)
+    found = [table for build in builders if (table := build(document)).rows]
+    label = " (random weights)" if document["random_weights"] else ""
+    return [replace(table, title=table.title + label) for table in found]
 
 
 def write_report(path: Path, document: dict[str, Any]) -> None:
