@@ -39,7 +39,7 @@ EXPERTS = [
     "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe",
 ]  # fmt: skip
 """Their products are grouped on the device in bfloat16, by the host otherwise."""
-REFUSED_CAPTURED = REFUSED | {"jetmoe": "waits for what the device computed"}
+REFUSED_CAPTURED = REFUSED | {"jetmoe": "needs the host"}
 REFUSED_WITH_A_GATE = {"gemma3n_text": "several streams"}
 """By eager too."""
 
@@ -121,6 +121,6 @@ def test_captured_tokens_are_those_of_eager_or_the_family_is_refused(family, spe
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing can be captured here")
 def test_experts_in_float32_are_refused_with_what_to_do():
     loaded = adopt_model(copy.deepcopy(build("mixtral")).cuda(), tiny_tokenizer(), "mixtral")
-    with pytest.raises(InputError, match="waits for what the device computed") as refusal:
+    with pytest.raises(InputError, match="needs the host") as refusal:
         graph(loaded, torch.ones(1, 10, dtype=torch.long, device="cuda"), "never", capture=True)
     assert "bfloat16" in (refusal.value.hint or "")

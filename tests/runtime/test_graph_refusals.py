@@ -259,8 +259,8 @@ def test_a_window_is_as_long_as_the_hint_says(tmp_path):
     ("torch_says", "says"),
     [
         ("Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned. Please use "
-         "tensor.pin_memory() or allocate the tensor with pin_memory=True.", "waits for what the device computed"),
-        ("CUDA error: operation not permitted when stream is capturing\nFor debugging consider", "waits for what the device computed"),
+         "tensor.pin_memory() or allocate the tensor with pin_memory=True.", "needs the host"),
+        ("CUDA error: operation not permitted when stream is capturing\nFor debugging consider", "needs the host"),
         ("CUDA error: invalid argument\nFor debugging consider", "CUDA error: invalid argument"),
         ("", "RuntimeError"),
     ],

@@ -60,8 +60,8 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
 
 def why(error: Exception) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    waits = re.search(r"between CPU and CUDA tensors|stream is capturing", line)
-    return "within a step its code waits for what the device computed" if waits else line
+    needs = re.search(r"between CPU and CUDA tensors|stream is capturing", line)
+    return "within a step its code needs the host" if needs else line
 
 
 @contextlib.contextmanager
