@@ -5,6 +5,7 @@ for check in examine(): print(check.name, check.status, check.detail)
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -133,6 +134,7 @@ def _bitsandbytes() -> Check:
     number = _installed("bitsandbytes")
     if number is None:
         return Check("bitsandbytes", "missing", "not installed: no --load-in-4bit", "pip install bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import advises some CPUs
     import bitsandbytes  # noqa: F401
 
     return Check("bitsandbytes", "ok", number)

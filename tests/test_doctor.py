@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -23,6 +24,12 @@ def test_this_machine():
                             "memory", "disk", "hub"]  # fmt: skip
     assert checks["python"].status == checks["torch"].status == checks["built-in model"].status == "ok"
     assert checks["hub"].detail.startswith("HF_HUB_OFFLINE")
+
+
+def test_what_libraries_log_on_import_is_not_shown():
+    done = subprocess.run([sys.executable, "-m", "sedac_cli", "doctor"], capture_output=True, text=True, check=True)
+    assert "bitsandbytes" in done.stdout
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
