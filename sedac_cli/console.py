@@ -64,7 +64,7 @@ class Output:
         cells = [[str(cell) for cell in row] for row in rows]
         for number, column in enumerate(columns):
             numeric = number > 0 and all(FIGURE.match(row[number]) for row in cells)
-            table.add_column(Text(column), justify="right" if numeric else "left")
+            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*map(Text, row))  # Text: square brackets are not markup
         width = None if sys.stdout.isatty() else 140

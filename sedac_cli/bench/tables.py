@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac_cli.artifacts.files import atomic_file
-from sedac_cli.bench.document import side_note, work_label
+from sedac_cli.bench.document import floor_note, work_label
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Table:
 
 
 def tables(document: dict[str, Any]) -> list[Table]:
-    builders = (_speed, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes)
+    builders = (_speed, _steps, _latency, _quality, _tasks, _drafts, _layers, _requests, _crashes)
     found = [table for build in builders if (table := build(document)).rows]
     label = " (random weights)" if document["random_weights"] else ""
     return [replace(table, title=table.title + label) for table in found]
@@ -103,32 +103,28 @@ def _each_cell(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]
 
 
 def _speed(document: dict[str, Any]) -> Table:
-    """What a step could not be faster than stands beside it where the run knows it."""
-    known = any(cell.get("floor") for _, _, cell in _each_cell(document))
-    rows = []
-    for name, work, cell in _each_cell(document):
-        floor = cell.get("floor") or {}
-        share = floor.get("share") or {}
-        rows.append([
-            name, work, _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")),
-            _ratio(cell.get("prefill_speedup")), _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]),
-            _rate(cell["prefill_tokens_per_second"]), _share(cell["skip_ratio"]),
-            *((_ms(floor.get("took_seconds"), 3), _ms(floor.get("step_seconds"), 3), _share(share.get("median")))
-              if known else ()),
-        ])  # fmt: skip
+    rows = [
+        [name, work, _ratio(cell.get("speedup")), _ratio(cell.get("decode_speedup")), _ratio(cell.get("prefill_speedup")),
+         _rate(cell["tokens_per_second"]), _rate(cell["decode_tokens_per_second"]), _rate(cell["prefill_tokens_per_second"]),
+         _share(cell["skip_ratio"])]
+        for name, work, cell in _each_cell(document)
+    ]  # fmt: skip
     columns = [
         "configuration", "work", "speed-up", "decode", "prefill", "tokens/s", "decode tok/s", "prefill tok/s", "MLPs skipped",
     ]  # fmt: skip
     note = f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}."
-    if known:
-        columns += ["step", "step floor", "of floor"]
-        bandwidth = document["subject"]["read_bytes_per_second"] / 1e12
-        note += (
-            f" Step floor: the bytes a decode step had to read, at the {bandwidth:.2f} TB/s with which this GPU reads (measured "
-            "before the run). Of floor: the floor / the time the step took; 100 % is as fast as reading allows."
-            + side_note(document["configurations"])
-        )
     return Table("speed", columns, rows, note)
+
+
+def _steps(document: dict[str, Any]) -> Table:
+    """Beside a decode step, what it could not be faster than: where the run knows that."""
+    rows = [
+        [name, work, _ms(floor["took_seconds"], 3), _ms(floor["step_seconds"], 3), _share(floor["share"]["median"])]
+        for name, work, cell in _each_cell(document)
+        if (floor := cell.get("floor"))
+    ]
+    columns = ["configuration", "work", "step", "step floor", "of floor"]
+    return Table("decode step and its floor", columns, rows, floor_note(document) if rows else "")
 
 
 def _latency(document: dict[str, Any]) -> Table:

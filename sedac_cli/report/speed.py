@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sedac_cli.bench.document import side_note, work_label
+from sedac_cli.bench.document import floor_note, work_label
 from sedac_cli.report import plots
 from sedac_cli.report.plots import Point
 from sedac_cli.report.sources import RunData
@@ -44,7 +44,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
         note = f"Speed-up: dense wall time / own, pairs in one run. Dense is: {run.bench.get('baseline', 'dense')}."
         if known:
             columns += ["step floor", "of floor"]
-            note += " " + _floor_note(run.bench) + side_note(run.configurations)
+            note += " " + floor_note(run.bench)
         page["tables"]["speed"] = Table(columns, rows, note)
     if ratios:
         page["figures"]["speed"] = plots.speed_figure(ratios)
@@ -56,12 +56,3 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
     busy, cores = machine.get("busy_before"), machine.get("cores")
     if busy is not None and cores and busy > 0.5:
         page["busy"] = f"{busy:.0%} of the machine was in use by something else when the benchmark began."
-
-
-def _floor_note(bench: dict[str, Any]) -> str:
-    rate = (bench.get("subject") or {}).get("read_bytes_per_second")
-    at = f" at the {rate / 1e12:.2f} TB/s measured on this GPU" if rate else ""
-    return (
-        f"Step floor: the time to read what a decode step has to read (weights of what ran, keys and values){at}. "
-        "Of floor: floor / time the step took; 100 % is as fast as reading allows."
-    )

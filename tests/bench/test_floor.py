@@ -86,22 +86,25 @@ def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
     assert GraphSession(tiny, plan, Cell(rows, 24, 5), None).run(["the sea"] * rows, 5).floor_seconds is None
 
 
-def test_the_table_has_it_only_where_it_is_known():
+def test_a_table_of_steps_stands_only_where_it_is_known():
     run = Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1], floor_seconds=0.25)
 
-    def columns(*runs):
+    def found(*runs):
         cell = {"label": "batch 1", **summarize(runs)}
         document = {"configurations": [{"name": "dense", "cells": [cell], "quality": None, "errors": []}], "baseline": "x",
                     "subject": {"read_bytes_per_second": 4e12}, "matrix": {"dataset": "x"}, "random_weights": False}  # fmt: skip
-        table = tables(document)[0]
-        return dict(zip(table.columns, table.rows[0], strict=True)), table.caption
+        return {
+            table.title: (dict(zip(table.columns, table.rows[0], strict=True)), table.caption)
+            for table in tables(document)
+        }
 
-    row, caption = columns(run)
+    row, caption = found(run)["decode step and its floor"]
     assert (row["step"], row["step floor"], row["of floor"]) == ("250.000 ms", "62.500 ms", "25.0%")
     assert "4.00 TB/s" in caption
-    row, caption = columns(Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1]))
-    assert "of floor" not in row
-    assert "TB/s" not in caption
+    unknown = found(Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1]))
+    assert "speed" in unknown
+    assert "decode step and its floor" not in unknown
+    assert "TB/s" not in unknown["speed"][1]
 
 
 def test_no_bandwidth_without_a_gpu():
