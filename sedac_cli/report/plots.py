@@ -210,12 +210,12 @@ def speed_figure(points: Sequence[Point]) -> str:
 
 def floor_figure(points: Sequence[Point]) -> str:
     """Milliseconds of a decode step (`y`) beside the least it could take (`x`), by configuration and work."""
-    figure, axes = _figure(max(1.6, 0.7 + 0.34 * len(points)))
+    figure, axes = _figure(max(1.8, 0.9 + 0.34 * len(points)))
     places = list(range(len(points)))[::-1]
     axes.barh(places, [point.y for point in points], color=COLORS[0], height=0.6, alpha=0.85, label="a step took")
     axes.plot([point.x for point in points], places, color=INK, marker="|", markersize=13, linestyle="", label="floor")
     axes.set_yticks(places, [point.name for point in points])
     axes.set_xlabel("milliseconds of a decode step")
     axes.grid(axis="y", visible=False)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     return _svg(figure, "time of a decode step beside its floor, by configuration")

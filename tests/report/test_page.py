@@ -339,3 +339,14 @@ def test_in_a_browser(sedac, mine, tmp_path, width, dark):
     assert list(modes) == ["skip", "early", "bits", "changed"]
     assert len(set(modes.values())) >= 3  # the colours follow the choice
     assert seen.picture.stat().st_size > 20_000
+
+
+def test_a_shape_without_weights_is_not_sent_to_have_its_quality_measured(sedac, tmp_path):
+    for model, told in (("shape:qwen2.5-0.5b", False), ("tiny", True)):
+        (tmp_path / "bench.json").write_text(json.dumps(BENCH | {"matrix": {"base_model": model}}))
+        result = sedac("report", tmp_path)
+        assert result.code == 0, result.err
+        read = text_of(tmp_path / "report.html")
+        assert "1.23" in read
+        for command in ("sedac validate", "sedac distill", "sedac calibrate"):
+            assert (command in read, command in result.err + result.out) == (told, told), (model, command)
