@@ -32,9 +32,9 @@ def spread(value: dict[str, Any] | None, unit: str) -> str:
     if not value or value.get("median") is None:
         return "-"
     digits = 3 if unit else 1
-    text = f"{value['median']:.{digits}f}{unit}"
+    text = f"{value['median']:,.{digits}f}{unit}"
     if value.get("low") is not None:
-        text += f" ({value['low']:.{digits}f} .. {value['high']:.{digits}f})"
+        text += f" ({value['low']:,.{digits}f} .. {value['high']:,.{digits}f})"
     return text
 
 
