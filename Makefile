@@ -26,7 +26,7 @@ help:
 	@echo "make bench     speed and quality beside dense (MATRIX=builtin:speed, quality, gates, speculation or FILE.json)"
 	@echo "make bench-cpu bench-decide   what sedac itself costs, raw samples in benchmarks/      make gpu-test   tests that need a GPU"
 	@echo "make vllm-env vllm-test   vLLM for the CPU in its own environment (3.5 GB), and the tests that run it"
-	@echo "make check-kernels   compile every kernel for every architecture with nvcc; no GPU needed"
+	@echo "make check-kernels   compile every kernel for every architecture with nvcc, no GPU needed (ARGS=--brief: a minute)"
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("sedac needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'

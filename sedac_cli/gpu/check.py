@@ -1,17 +1,19 @@
 """Compile every kernel, in every form that is ever launched, for every architecture, with nvcc: no GPU needed.
 
-python -m sedac_cli.gpu.check [--arch sm_90] [--only entropy]
+python -m sedac_cli.gpu.check [--arch sm_90] [--only entropy] [--brief]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -30,6 +32,9 @@ LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "
 """KiB of shared memory a block may ask for."""
 FEWEST = {"attend": 1, "batch": 2}
 """Stages that a wrapper goes down to where shared memory is small; 3 for the others."""
+
+Job = tuple[str, str, dict[str, int]]
+"""(architecture, family, constants)"""
 
 
 def architectures(chosen: Sequence[str], constants: dict[str, int]) -> list[str]:
@@ -102,6 +107,15 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "router_few", {"T": t, "SLICE": ROUTER_SLICE, "UNITS": units, "SET_CONDITION": 1}
 
 
+def brief(jobs: Iterable[Job]) -> list[Job]:
+    """The first and the last form of each family on each architecture: every source, as every compiler sees it."""
+    ends: dict[tuple[str, str], tuple[Job, Job]] = {}
+    for job in jobs:
+        arch, family, _ = job
+        ends[arch, family] = ends.get((arch, family), (job, job))[0], job
+    return [job for first, last in ends.values() for job in ([first] if first is last else [first, last])]
+
+
 def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     """Shared memory the wrapper asks for at launch, beside what the kernel declares."""
     if family == "attend":
@@ -120,7 +134,8 @@ def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
 
 def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict[str, int]) -> tuple[bool, str]:
     """(compiled, registers and spills per entry, or the error)."""
-    source = folder / f"{family}.cu"
+    place = Path(tempfile.mkdtemp(dir=folder))
+    source = place / f"{family}.cu"
     source.write_text(source_text(family, constants))
     # cudaGraphSetConditional is only linked by the driver, so those kernels are compiled but not linked here.
     extra = ["-rdc=true"] if "SET_CONDITION" in constants else []
@@ -133,7 +148,7 @@ def compile_one(nvcc: str, folder: Path, arch: str, family: str, constants: dict
         "-Xptxas",
         "-v",
         "-o",
-        str(folder / "out"),
+        str(place / "out"),
         str(source),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -159,23 +174,28 @@ def main() -> int:
         "--only",
         help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, norm, attend, norm_route, activate, step",
     )
+    parser.add_argument("--brief", action="store_true", help="the first and the last form of each family alone")
     chosen = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("skipped: no nvcc on PATH, so the kernels were not compiled")
         return 0
-    failed = total = 0
-    with tempfile.TemporaryDirectory() as folder:
-        for family, constants in forms():
-            if chosen.only not in (None, family):
-                continue
-            for arch in architectures(chosen.arch or ARCHITECTURES, constants):
-                good, text = compile_one(nvcc, Path(folder), arch, family, constants)
-                total += 1
-                failed += not good
-                label = " ".join(f"{name}={value}" for name, value in constants.items())
-                print(f"{'ok  ' if good else 'FAIL'} {arch} {family} {label}: {text}", flush=True)
-    print(f"{total - failed} of {total} compiled")
+    jobs: list[Job] = [
+        (arch, family, constants)
+        for family, constants in forms()
+        if chosen.only in (None, family)
+        for arch in architectures(chosen.arch or ARCHITECTURES, constants)
+    ]
+    if chosen.brief:
+        jobs = brief(jobs)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(lambda job: compile_one(nvcc, Path(folder), *job), jobs)
+        for (arch, family, constants), (good, text) in zip(jobs, done, strict=True):
+            failed += not good
+            label = " ".join(f"{name}={value}" for name, value in constants.items())
+            print(f"{'ok  ' if good else 'FAIL'} {arch} {family} {label}: {text}", flush=True)
+    print(f"{len(jobs) - failed} of {len(jobs)} compiled")
     return 1 if failed else 0
 
 
