@@ -28,7 +28,7 @@ from gpu_timing import BEGAN, ROTATE, Bench, buffers, each, launched, table, tim
 
 from sedac_cli.gpu import compile, reference  # noqa: E402
 from sedac_cli.gpu.conditional import ConditionalGraph  # noqa: E402
-from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision  # noqa: E402
+from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision, linear_entropy  # noqa: E402
 from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk, router_score  # noqa: E402
 from sedac_cli.gpu.route import gather_rows, route_merge, route_split, scatter_rows  # noqa: E402
 
@@ -96,7 +96,36 @@ def entropies(bench: Bench) -> None:
         )
 
 
+def heads(bench: Bench) -> None:
+    """Entropies of hidden states: the head's product and its logits, a chunk of rows at a time."""
+    head = torch.nn.Linear(HIDDEN, VOCAB, bias=False, device="cuda", dtype=torch.bfloat16)
+    for rows in (32, 4096):
+        hidden = torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        ways = {"ours": linear_entropy, "eager": reference.linear_entropy}
+        variants = {name: [lambda way=way, hidden=hidden: way(hidden, head, VOCAB)] for name, way in ways.items()}
+        variants["product alone"] = [lambda hidden=hidden: head(hidden)]
+        with torch.no_grad():
+            bench.report(f"head and entropy {rows} x {VOCAB}", bench.measure(variants), None, "", None)
+
+
+V9 = {32: 19.0, 256: 218.0, 1024: 775.0, 4096: 3270.0}
+"""What an earlier kernel's own page says it took, in microseconds by rows; it does not say in which vocabulary."""
+
+
 def decisions(bench: Bench) -> None:
+    for rows, vocab in ((256, 32000), (1024, 32000), (4096, 32000), (256, VOCAB)):
+        logits = buffers((rows, vocab), 3.0)
+        states = [torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        ways = each(lambda x, states=states: fused_entropy_decision(x, *states, 5.0, 1.5, 0.5, 0.3), logits)
+        floor = bench.floor(rows * (vocab + 2 * HIDDEN) * 2)
+        limit = V9[rows] / 5
+        bench.report(
+            f"decision {rows} x {vocab}",
+            bench.measure({"ours": ways}),
+            floor,
+            "V9 / 5",
+            lambda t, most=limit: t <= most,
+        )
     for rows in (1, 32, 1024, 4096):
         logits = buffers((rows, VOCAB), 3.0)
         states = [torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -248,7 +277,7 @@ def conditionals(bench: Bench) -> None:
     )
 
 
-SECTIONS = (copy, entropies, decisions, probes, routers, routing, conditionals)
+SECTIONS = (copy, entropies, heads, decisions, probes, routers, routing, conditionals)
 
 
 def main() -> int:
@@ -285,6 +314,7 @@ def main() -> int:
     table(bench)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
+        "command": " ".join(sys.argv),
         "machine": machine,
         "copy_gb_per_s": bench.bandwidth,
         "read_gb_per_s": bench.read_bandwidth,

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sedac_cli.gpu import choose
 from sedac_cli.gpu import compile as compiling
 from sedac_cli.runtime import on_device
 
-CACHES = (compiling.require_gpu, compiling.properties, on_device.packs)
+CACHES = (compiling.require_gpu, compiling.properties, choose.runs, on_device.packs)
 BINDINGS = ("cuda.bindings.driver", "cuda.bindings.runtime")
 
 

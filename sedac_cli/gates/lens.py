@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.errors import InputError
-from sedac_cli.gpu.reference import linear_entropy
+from sedac_cli.gpu.choose import entropy_bits
 from sedac_cli.probes import LREProbe
 from sedac_cli.structure import Decoder, describe
 
@@ -40,7 +40,7 @@ class HeadLens:
         self.norm = find_final_norm(decoder)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        entropy = linear_entropy(hidden, lambda rows: self.decoder.head(self.norm(rows)), self.decoder.vocab_size)
+        entropy = entropy_bits(hidden, lambda rows: self.decoder.head(self.norm(rows)), self.decoder.vocab_size)
         return entropy.to(hidden.device)
 
     def cost_per_token(self, layer: int, hidden_size: int) -> float:

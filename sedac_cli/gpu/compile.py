@@ -101,6 +101,18 @@ def require_kernels(device: torch.device) -> None:
     properties(device_index(device))
 
 
+def no_kernels(device: torch.device, early: bool = False) -> str | None:
+    """Why the kernels (`early`: also those launched early) cannot run there; None where they can. For work that nobody asked
+    them by name to do."""
+    try:
+        require_kernels(device)
+        if early:
+            require_bindings()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def require_bindings() -> None:
     """What CuPy has no calls for: launches with attributes, conditional nodes."""
     major = (torch.version.cuda or "").split(".")[0]

@@ -9,13 +9,14 @@ or with nothing but -inf, has entropy NaN and never skips; with NaN its argmax i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sedac_cli.gpu.compile import F32, I32, MAX_ROWS, counters, device_index, kind, launch, properties
-from sedac_cli.gpu.reference import Decision, Entropy
+from sedac_cli.gpu.reference import Decision, Entropy, by_chunk, row_chunks
 from sedac_cli.gpu.tensors import Number, Rows, buffer, number
 
 THREADS = 256
@@ -27,6 +28,10 @@ ROUNDS = 16
 """Chunks a warp takes at most, looking for a number of chunks that ends with no warp idle."""
 FULL = 0.93
 """Share of warps with work in the last round that is good enough."""
+
+HEAD_BYTES = 256 * 2**20
+"""Logits that `linear_entropy` has at a time, as float32. They are 441 rows of 151936: a head of 16-bit weights is read once for
+each chunk, and from some 230 rows on an H200 its product is bound by arithmetic instead."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,12 @@ def fused_entropy(logits: Tensor, out: Entropy | None = None) -> Entropy:
     )
     _launch(rows, [*result], {"T": kind(logits, "logits"), "DECISION": 0}, [])
     return _as_given(result, logits)
+
+
+def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Entropy:
+    """`fused_entropy` of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
+    rows = Rows.of(hidden, "hidden")
+    return by_chunk(hidden, head, row_chunks(rows.count, vocab, HEAD_BYTES), fused_entropy)
 
 
 def fused_entropy_decision(

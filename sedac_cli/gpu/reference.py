@@ -10,7 +10,7 @@ data (how many rows stay) is a tensor, as in the kernels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -93,8 +93,31 @@ def row_chunks(rows: int, vocab: int, limit: int = CHUNK_BYTES) -> Iterator[slic
         yield slice(start, min(start + step, rows))
 
 
-def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Tensor:
-    """Entropy in bits of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
+def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Entropy:
+    """`fused_entropy` of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
+    return by_chunk(hidden, head, row_chunks(hidden.shape[0], vocab), entropy_of_logits)
+
+
+def by_chunk(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunks: Iterable[slice],
+    measure: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> Entropy:
+    """What `measure` finds in the logits of each chunk of [N, H] rows, put together."""
+    result = Entropy(
+        torch.empty(hidden.shape[0], device=hidden.device),
+        torch.empty(hidden.shape[0], device=hidden.device),
+        torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device),
+    )
+    for rows in chunks:
+        for whole, part in zip(result, measure(head(hidden[rows])), strict=True):
+            whole[rows] = part
+    return result
+
+
+def linear_bits(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Tensor:
+    """The entropy alone of `linear_entropy`: on a CPU the other two are worth leaving out."""
     out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for rows in row_chunks(hidden.shape[0], vocab, CHUNK_BYTES if hidden.is_cuda else CPU_CHUNK_BYTES):
         logits = head(hidden[rows])
@@ -134,14 +157,7 @@ def fused_entropy(logits: Tensor) -> Entropy:
     A row with NaN or +inf, or with nothing but -inf, has entropy NaN; with NaN its argmax is some index of the row.
     """
     rows = logits.reshape(-1, logits.shape[-1])
-    result = Entropy(
-        torch.empty(rows.shape[0], device=rows.device),
-        torch.empty(rows.shape[0], device=rows.device),
-        torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device),
-    )
-    for chunk in row_chunks(*rows.shape):
-        for whole, part in zip(result, entropy_of_logits(rows[chunk]), strict=True):
-            whole[chunk] = part
+    result = linear_entropy(rows, lambda part: part, rows.shape[-1])
     return Entropy(*(tensor.view(logits.shape[:-1]) for tensor in result))
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from sedac_cli.corpus import Corpus, pad_batch
 from sedac_cli.gates.base import Gate
 from sedac_cli.gates.deep import DeepThinking
-from sedac_cli.gpu.reference import entropy_of_logits, kl_of_logits, linear_entropy, row_chunks
+from sedac_cli.gpu.choose import entropy_bits
+from sedac_cli.gpu.reference import entropy_of_logits, kl_of_logits, row_chunks
 from sedac_cli.models import LoadedModel
 from sedac_cli.pipeline import Progress, quiet_progress
 from sedac_cli.pipeline.simulate import Outcome, join, simulate
@@ -174,7 +175,7 @@ def _keep(states: dict[int, Tensor], device: torch.device, layer: int, hidden: T
 def _final_entropy(loaded: LoadedModel, hidden: Tensor) -> Tensor:
     """[B, T, H] of the last layer -> bits, [B, T]."""
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return linear_entropy(rows, loaded.decoder.head, loaded.decoder.vocab_size).view(hidden.shape[:2])
+    return entropy_bits(rows, loaded.decoder.head, loaded.decoder.vocab_size).view(hidden.shape[:2])
 
 
 def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:

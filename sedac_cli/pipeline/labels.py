@@ -10,7 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from sedac_cli.gates.simple import AlwaysGate
-from sedac_cli.gpu.reference import linear_entropy, linear_kl
+from sedac_cli.gpu.choose import entropy_bits
+from sedac_cli.gpu.reference import linear_kl
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.structure import Decoder
 
@@ -34,13 +35,11 @@ def label_batch(
     """
     shape = ids.shape
     if target == "final":
-        entropy = linear_entropy(last_hidden.flatten(0, 1), decoder.head, decoder.vocab_size).view(shape)
+        entropy = entropy_bits(last_hidden.flatten(0, 1), decoder.head, decoder.vocab_size).view(shape)
         return dict.fromkeys(states, entropy)
     if target == "lens":
         return {
-            layer: linear_entropy(decoder.final_norm(hidden).flatten(0, 1), decoder.head, decoder.vocab_size).view(
-                shape
-            )
+            layer: entropy_bits(decoder.final_norm(hidden).flatten(0, 1), decoder.head, decoder.vocab_size).view(shape)
             for layer, hidden in states.items()
         }
     labels = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate
 from sedac_cli.gates.deep import DeepThinking
-from sedac_cli.gpu.reference import linear_entropy
+from sedac_cli.gpu.choose import entropy_bits
 from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.runtime.skip import SkipRun, skipping
 from sedac_cli.standins import StandIn
@@ -176,7 +176,7 @@ def deep_forward(
 def logit_entropy(logits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[B, K, V] logits of the last K positions -> their entropies in bits, [B, T]; 0 where there are no logits."""
     rows = logits.reshape(-1, logits.shape[-1])
-    known = linear_entropy(rows, lambda part: part, rows.shape[-1]).view(logits.shape[:2])
+    known = entropy_bits(rows, lambda part: part, rows.shape[-1]).view(logits.shape[:2])
     entropy = torch.zeros(shape, device=known.device)
     entropy[:, -known.shape[1] :] = known
     return entropy

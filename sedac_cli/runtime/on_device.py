@@ -60,11 +60,9 @@ class OnDevice:
 @functools.cache
 def packs(device: torch.device) -> bool:
     """Whether the kernels run there. Nobody asks for them by name, so without them the host packs; that is said once."""
-    from sedac_cli.gpu.compile import require_kernels
+    from sedac_cli.gpu.compile import no_kernels
 
-    try:
-        require_kernels(device)
-    except RuntimeError as error:
-        log.warning("passes of %d rows and more wait for the host on %s: %s", PACK_FROM, device, error)
-        return False
-    return True
+    missing = no_kernels(device)
+    if missing:
+        log.warning("passes of %d rows and more wait for the host on %s: %s", PACK_FROM, device, missing)
+    return not missing

@@ -21,7 +21,8 @@ from cases import (
 from torch import Tensor
 
 from sedac_cli.gpu import reference
-from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision
+from sedac_cli.gpu.choose import entropy_bits
+from sedac_cli.gpu.entropy import fused_entropy, fused_entropy_decision, linear_entropy
 from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk, router_score
 from sedac_cli.gpu.reference import Decision, Entropy, Packed, Routed
 from sedac_cli.gpu.route import gather_rows, route_merge, route_split, scatter_rows
@@ -96,6 +97,41 @@ def test_entropy_of_special_rows(dtype):
     found = fused_entropy(logits)
     assert found.entropy[1:4].isnan().all()
     assert found.argmax[[3, 5, 6, 7]].tolist() == [17, 20000, 39999, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 1000), (1, 32000), (33, 50257), (1500, 151936), (700, 262143)])
+def test_entropy_through_a_head(dtype, rows, vocab):
+    """More rows than a chunk, a chunk with one row more, and fewer; the head hands on what it is given, so all is equal."""
+    logits = logits_of(rows, vocab, dtype)
+    found, expected = linear_entropy(logits, lambda x: x, vocab), reference.linear_entropy(logits, lambda x: x, vocab)
+    assert_close("entropy", found.entropy, expected.entropy, ENTROPY_BITS)
+    assert_close("confidence", found.confidence, expected.confidence, CONFIDENCE)
+    assert torch.equal(found.argmax, expected.argmax)
+    assert torch.equal(entropy_bits(logits, lambda x: x, vocab), found.entropy)
+
+
+def test_entropy_through_a_head_never_holds_all_logits():
+    rows, vocab = 4096, 151936
+    head = torch.nn.Linear(64, vocab, bias=False, device="cuda", dtype=torch.bfloat16)
+    hidden = torch.randn(rows, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear_entropy(hidden[:1], head, vocab)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = linear_entropy(hidden, head, vocab)
+        assert torch.cuda.max_memory_allocated() - before < rows * vocab * 2 / 3
+        some = torch.arange(0, rows, 97, device="cuda")
+        assert_close("entropy", found.entropy[some], reference.linear_entropy(hidden[some], head, vocab).entropy, 0.02)
+        graph, captured_bits = captured(lambda: entropy_bits(hidden[:7], head, vocab))
+        hidden[:7] = hidden[7:14].clone()
+        graph.replay()
+        assert_close("replayed", captured_bits, found.entropy[7:14], 0.02)
+
+
+def test_entropy_through_a_head_takes_cuda_tensors():
+    with pytest.raises(RuntimeError, match="kernels take CUDA tensors"):
+        linear_entropy(torch.zeros(2, 8), lambda x: x, 8)
 
 
 def test_entropy_refuses_what_it_cannot_read():

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from sedac_cli.gpu.reference import entropy_of_logits, kl_of_logits, linear_entropy, linear_kl, row_chunks
+from sedac_cli.gpu import entropy
+from sedac_cli.gpu.choose import entropy_bits
+from sedac_cli.gpu.reference import (
+    entropy_of_logits,
+    fused_entropy,
+    kl_of_logits,
+    linear_bits,
+    linear_entropy,
+    linear_kl,
+    row_chunks,
+)
 
 
 def by_hand(logits: torch.Tensor) -> torch.Tensor:
@@ -19,7 +29,7 @@ def by_hand(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("vocab", [1, 2, 97, 5000])
 def test_against_float64(rows, vocab):
     logits = torch.randn(rows, vocab) * 8
-    got = linear_entropy(logits, lambda x: x, vocab)
+    got = linear_bits(logits, lambda x: x, vocab)
     torch.testing.assert_close(got.double(), by_hand(logits), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got, entropy_of_logits(logits)[0], rtol=1e-6, atol=1e-6)
 
@@ -29,20 +39,43 @@ def test_many_chunks_of_a_real_head():
     hidden, head = torch.randn(3000, 8), torch.nn.Linear(8, 9000)
     with torch.no_grad():
         expected = torch.cat([by_hand(head(part)) for part in hidden.split(500)])
-        got = linear_entropy(hidden, head, 9000)
+        got = linear_bits(hidden, head, 9000)
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3000])
+def test_all_three_are_those_of_the_whole_logits(rows):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(rows, 8), torch.nn.Linear(8, 9000)
+    with torch.no_grad():
+        found, logits = linear_entropy(hidden, head, 9000), head(hidden)
+        torch.testing.assert_close(found.entropy, linear_bits(hidden, head, 9000), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.confidence, torch.softmax(logits, -1).amax(-1), rtol=1e-4, atol=1e-6)
+        top = logits.gather(1, found.argmax[:, None]).squeeze(1)
+        torch.testing.assert_close(top, logits.amax(-1), rtol=1e-5, atol=1e-5)
+    for whole, part in zip(linear_entropy(logits, lambda x: x, 9000), fused_entropy(logits), strict=True):
+        assert torch.equal(whole, part)
+
+
+def test_a_cpu_takes_plain_torch(monkeypatch):
+    def never(*args):
+        raise AssertionError("a kernel on the CPU")
+
+    monkeypatch.setattr(entropy, "linear_entropy", never)
+    logits = torch.randn(5, 30)
+    assert torch.equal(entropy_bits(logits, lambda x: x, 30), linear_bits(logits, lambda x: x, 30))
 
 
 def test_the_logits_are_left_alone():
     logits = torch.randn(50, 300)
     before = logits.clone()
-    linear_entropy(logits, lambda x: x, 300)
+    linear_bits(logits, lambda x: x, 300)
     assert torch.equal(logits, before)
 
 
 def test_half_precision_is_computed_in_float32():
     logits = (torch.randn(20, 300) * 5).bfloat16()
-    assert torch.equal(linear_entropy(logits, lambda x: x, 300), linear_entropy(logits.float(), lambda x: x, 300))
+    assert torch.equal(linear_bits(logits, lambda x: x, 300), linear_bits(logits.float(), lambda x: x, 300))
 
 
 def test_extremes():
@@ -50,9 +83,9 @@ def test_extremes():
     logits = torch.tensor(
         [[0.0, 0.0, -inf, -inf], [1e4, 0.0, 0.0, 0.0], [-inf, -inf, 3.0, -inf], [math.nan, 0.0, 0.0, 0.0]]
     )
-    for entropy in (linear_entropy(logits, lambda x: x, 4), entropy_of_logits(logits)[0]):
-        assert entropy[:3].tolist() == [1.0, 0.0, 0.0]
-        assert entropy[3].isnan()  # to be seen and set aside, not hidden
+    for bits in (linear_bits(logits, lambda x: x, 4), entropy_of_logits(logits)[0]):
+        assert bits[:3].tolist() == [1.0, 0.0, 0.0]
+        assert bits[3].isnan()  # to be seen and set aside, not hidden
     assert kl_of_logits(logits[3:], logits[:1]).isnan().all()
 
 

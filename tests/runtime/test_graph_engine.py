@@ -67,6 +67,15 @@ def test_every_family_skips_what_eager_skips(family, spec):
     assert [t.exit_layer for t in found.tokens[0]] == [t.exit_layer for t in expected.tokens[0]]
 
 
+def test_a_lens_through_the_output_head_decides_what_it_decides_in_eager(tiny):
+    spec = "entropy:mean=6.2,sd=0.5,threshold=0.25,anchor_interval=0,min_exit_layer=1,sinks=2,first=0,last=0"
+    options = GenerateOptions(max_new_tokens=30, ignore_eos=True)
+    expected = generate(tiny, make_plan(spec, tiny.decoder).gate, PROMPTS[2:], options)
+    found = engine_of(tiny, spec).generate(PROMPTS[2:], options)
+    assert [(t.token, t.skipped) for t in found.tokens[0]] == [(t.token, t.skipped) for t in expected.tokens[0]]
+    assert 0 < found.skip_ratio_decode < 1
+
+
 def test_both_paths_agree(tiny):
     options = GenerateOptions(max_new_tokens=16, ignore_eos=True)
     fused, generic = (engine_of(tiny, "always:2", batch=2, fused=way) for way in (True, False))

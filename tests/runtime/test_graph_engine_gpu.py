@@ -10,7 +10,9 @@ from sedac_cli.config import ModelSpec
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import Guards
 from sedac_cli.gates.cascade import CascadeGate
+from sedac_cli.gates.entropy import EntropyGate
 from sedac_cli.gates.learned import LearnedGate, Router
+from sedac_cli.gates.lens import HeadLens
 from sedac_cli.gates.stability import StabilityGate
 from sedac_cli.gpu.skinny import BATCH_ROWS
 from sedac_cli.models import load_model
@@ -84,6 +86,9 @@ def plans(loaded) -> dict[str, Plan]:
         "cascade": Plan(CascadeGate(layers, probes, {1: 0.7, 2: 0.8}), LowRankStandIns(standins)),
         "stability": Plan(StabilityGate(layers, tau=0.5, k=1, min_layer=1), ZeroStandIn()),
         "always": make_plan("always:2", loaded.decoder),
+        "entropy": Plan(
+            EntropyGate(layers, HeadLens(loaded.decoder), 6.2, 0.5, 0.25, 0, 1, guards=Guards(sinks=2)), ZeroStandIn()
+        ),
     }
 
 
@@ -130,7 +135,7 @@ def test_the_trained_model_in_both_precisions(trained):
         assert same >= least * total, f"{dtype}: {same} of {total}"
 
 
-@pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always"])
+@pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always", "entropy"])
 def test_gates_decide_on_the_device_what_they_decide_in_eager(single, name):
     plan = plans(single)[name]
     expected = generate(single, plan.gate, PROMPTS[3:4], OPTIONS, plan.standin)
@@ -141,7 +146,7 @@ def test_gates_decide_on_the_device_what_they_decide_in_eager(single, name):
 
 
 @pytest.mark.parametrize("batch", [1, 12, 40])
-@pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always"])
+@pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always", "entropy"])
 def test_fused_and_generic_paths_skip_alike(half, name, batch):
     """In bf16 the two round differently, so a score near its limit may fall on the other side."""
     prompts = PROMPTS[:batch]

@@ -11,6 +11,7 @@ import torch
 from machines import machine  # noqa: F401 - a fixture
 
 from sedac_cli.errors import InputError, UsageError
+from sedac_cli.gpu.choose import runs
 from sedac_cli.gpu.packed import PackedMlp
 from sedac_cli.runtime import engines, on_device
 from sedac_cli.runtime.engines import generate_with, require_engine
@@ -112,3 +113,16 @@ def test_rows_are_packed_on_a_gpu_where_they_can(machine, tiny, monkeypatch, cap
     machine()
     assert packing(tiny, monkeypatch) is not None
     assert not caplog.records
+
+
+def test_logits_are_read_by_plain_torch_where_the_kernel_cannot_run(lacking, caplog):
+    name, said = lacking
+    with caplog.at_level(logging.WARNING, "sedac"):
+        found = [runs(torch.device("cuda", 0)) for _ in range(3)]
+    if name == "an old driver":  # it lacks conditional nodes, and there are none in this
+        assert (found, caplog.records) == ([True] * 3, [])
+        return
+    assert found == [False] * 3
+    (record,) = caplog.records
+    assert "plain torch reads logits for their entropy on cuda:0" in record.getMessage()
+    assert re.search(said, record.getMessage())
