@@ -178,6 +178,21 @@ def test_random_masks_agree_with_the_eager_reference(half):
         assert float((found - expected).norm() / expected.norm()) < 0.04
 
 
+@pytest.mark.parametrize("spec", ["never", "always:2"])
+def test_each_of_a_batch_ends_where_eager_ends_it(single, monkeypatch, spec):
+    """Prompts of several lengths, two tokens that end a text."""
+    free = tokens(engine_of(single, spec, batch=4).generate(PROMPTS[:4], OPTIONS))
+    monkeypatch.setattr(single.model.generation_config, "eos_token_id", [free[0][2], free[1][12]])
+    engine, options = engine_of(single, spec, batch=4), GenerateOptions(max_new_tokens=30)
+    found = tokens(engine.generate(PROMPTS[:4], options))
+    plan = make_plan(spec, single.decoder)
+    for prompt, row, whole in zip(PROMPTS, found, free, strict=False):
+        assert row == tokens(generate(single, plan.gate, [prompt], options))[0]
+        assert row == whole[: len(row)]
+    assert len(found[0]) <= 3
+    assert len({len(row) for row in found}) > 1
+
+
 def test_sampling_differs_by_seed_and_repeats_by_seed(half):
     engine = engine_of(half)
 
