@@ -17,7 +17,8 @@ def table(part: str, found: dict[str, Any]) -> list[str]:
         return lines + timed(rows, "tokens_per_second", lambda r: "plain", higher=True)
     if part == "decide":
         return lines + timed(rows, "ms", beside)
-    lines += timed(rows, "ms", lambda row: plain(rows, row))
+    plain = {row.get("runner"): row["engine"] for row in rows if str(row.get("engine")).startswith("plain")}
+    lines += timed(rows, "ms", lambda row: plain.get(row.get("runner"), ""))
     for row in rows:
         if "ms" not in row and "clocks" not in row:
             lines.append("  " + ", ".join(f"{k} {short(v)}" for k, v in row.items() if k not in HIDE))
@@ -25,18 +26,6 @@ def table(part: str, found: dict[str, Any]) -> list[str]:
                 if key in row:
                     lines.append(f"    {key}: " + ", ".join(f"{k} {short(v)}" for k, v in row[key].items()))
     return lines
-
-
-def plain(rows: list[dict[str, Any]], row: dict[str, Any]) -> str:
-    """Plain vLLM on the same model runner."""
-    return next(
-        (
-            x["engine"]
-            for x in rows
-            if str(x.get("engine")).startswith("plain") and x.get("runner") == row.get("runner")
-        ),
-        "",
-    )
 
 
 def short(value: Any) -> str:

@@ -62,15 +62,12 @@ def work_label(configurations: Iterable[dict[str, Any]]) -> Callable[[dict[str, 
 def floor_note(document: dict[str, Any]) -> str:
     """What stands under the figures of a step, with what eager `generate` took for the same, where that was measured."""
     rate = (document.get("subject") or {}).get("read_bytes_per_second")
-    at = (
-        f"at the {rate / 1e12:.2f} TB/s with which this GPU reads (measured before the run)"
-        if rate
-        else "as fast as this GPU reads"
-    )
+    at = f" at the {rate / 1e12:.2f} TB/s with which this GPU reads (measured before the run)" if rate else ""
     return (
-        f"Step floor: the time to read what a decode step has to read (weights of what ran, keys and values) {at}. "
+        f"Step floor: the time to read what a decode step has to read (weights of what ran, keys and values){at}. "
         "Of floor: the floor / the time the step took; 100 % is as fast as reading allows."
-    ) + _side_note(document["configurations"])
+        + _side_note(document["configurations"])
+    )
 
 
 def _side_note(configurations: Iterable[dict[str, Any]]) -> str:
