@@ -30,8 +30,8 @@ FULL = 0.93
 """Share of warps with work in the last round that is good enough."""
 
 HEAD_BYTES = 256 * 2**20
-"""Logits that `linear_entropy` has at a time, as float32. They are 441 rows of 151936: a head of 16-bit weights is read once for
-each chunk, and from some 230 rows on an H200 its product is bound by arithmetic instead."""
+"""Logits that `linear_entropy` has at a time, as float32. They are 441 rows of 151936: the head's weights are read once for each
+chunk, and with few rows that reading would be what it costs."""
 
 
 @dataclass(frozen=True)
