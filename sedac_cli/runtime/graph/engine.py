@@ -104,6 +104,8 @@ class GraphEngine:
             self.step = self._make_step(fused)
         self.settings = Settings.on(self.device)
         self.graphs: dict[tuple[Any, int], tuple[Any, Burst]] = {}
+        self.stops: dict[tuple[int, ...], Tensor] = {}
+        """End tokens on the device. Replays read them: they must live as long as the graphs."""
         self.last: Run | None = None
         """What the last call made, layer by layer."""
 
@@ -205,13 +207,18 @@ class GraphEngine:
             return self.step.ops
         return KernelOps() if self.device.type == "cuda" else TwinOps()
 
+    def _stop(self, ends: tuple[int, ...]) -> Tensor:
+        if ends not in self.stops:
+            self.stops[ends] = torch.tensor(ends, dtype=torch.long, device=self.device)
+        return self.stops[ends]
+
     def _graph(
         self, options: GenerateOptions, ends: tuple[int, ...], pad: int, steps: int
     ) -> tuple[Callable[[], None], Burst]:
         key = ((chooser_key(options), ends), steps)
         if key in self.graphs:
             return self.graphs[key]
-        choose, stop = make_chooser(options, self.settings), torch.tensor(ends, dtype=torch.long, device=self.device)
+        choose, stop = make_chooser(options, self.settings), self._stop(ends)
         into = Burst.empty(steps, self.batch, self.loaded.decoder.num_layers, self.device)
 
         def work() -> None:
@@ -312,8 +319,7 @@ class GraphEngine:
         token = choice.token
         self._load(ids, mask, prompt, token)
         if ends:
-            state_ends = torch.tensor(ends, device=self.device)
-            self.state.finished[:rows] = (token.unsqueeze(1) == state_ends).any(dim=1)
+            self.state.finished[:rows] = (token.unsqueeze(1) == self._stop(ends)).any(dim=1)
         if on_tokens is not None:
             on_tokens(token.unsqueeze(0).cpu())
         if listener is not None and listener.prompt(seen, token, choice.entropy, choice.logprob):
