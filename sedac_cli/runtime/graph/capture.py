@@ -23,7 +23,8 @@ SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or -
 
 
 def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> Callable[[], None]:
-    """`work` as a CUDA graph, after two rounds of `once` that let every library set itself up."""
+    """`work` as a CUDA graph, after two rounds of `once` that let every library set itself up. The graph keeps addresses alone:
+    tensors that `work` reads and did not make are the caller's to hold for as long as the replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
