@@ -119,8 +119,6 @@ def measure(
     if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
         document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
     plan = make_matrix(document, matrix or "the command line")
-    if plan.random_weights:
-        out.note(f"{plan.base_model}: RANDOM weights. Speed is measured, texts and quality mean nothing.")
     if any(map(is_hub_ref, (plan.base_model, plan.dataset))):
         go_offline_if_unreachable()
     make_folder(save_dir)
@@ -141,6 +139,8 @@ def run(out: Output, plan: Matrix, model: ModelSpec, seed: int, save_dir: Path) 
 
     backend = open_backend(plan, replace(model, ref=plan.base_model), seed)
     try:
+        if plan.random_weights:
+            out.note(f"{plan.base_model}: RANDOM weights. Speed is measured, texts and quality mean nothing.")
         found = run_matrix(
             plan, backend, seed, command=["sedac", *sys.argv[1:]], save=save, note=out.note, progress=out.progress()
         )
