@@ -227,7 +227,7 @@ def main() -> int:
     for rows, places in ((1, 512), (1, 4096), (8, 512), (32, 512)):
         chain(bench, rows, places)
     prefill(bench)
-    table(bench)
+    table(bench.lines)
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cupy": cupy.__version__}
     facts = {
         "command": " ".join(sys.argv),

@@ -1,6 +1,7 @@
 """Every kernel on this GPU: right first, then fast, against its floor and against torch eager and torch.compile.
 
     python benchmarks/gpu_kernels.py --out gpu_kernels.json
+    python benchmarks/gpu_kernels.py --show benchmarks/results/gpu_kernels.json        # its tables again, on any machine
 
 Times are per call inside a replayed CUDA graph, over buffers that together exceed L2, variants interleaved, median of the
 repeats. A floor is the bytes that must move over the fastest copy measured here. Sections that fail print why; the rest runs.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")]
 
 from cases import Probe, router_of  # noqa: E402
-from gpu_timing import BEGAN, ROTATE, Bench, buffers, each, launched, table, timed  # noqa: E402
+from gpu_timing import BEGAN, ROTATE, Bench, Line, buffers, each, launched, table, timed  # noqa: E402
 
 from sedac_cli.gpu import compile, reference  # noqa: E402
 from sedac_cli.gpu.conditional import ConditionalGraph  # noqa: E402
@@ -113,29 +115,23 @@ V9 = {32: 19.0, 256: 218.0, 1024: 775.0, 4096: 3270.0}
 
 
 def decisions(bench: Bench) -> None:
-    for rows, vocab in ((256, 32000), (1024, 32000), (4096, 32000), (256, VOCAB)):
-        logits = buffers((rows, vocab), 3.0)
-        states = [torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        ways = each(lambda x, states=states: fused_entropy_decision(x, *states, 5.0, 1.5, 0.5, 0.3), logits)
-        floor = bench.floor(rows * (vocab + 2 * HIDDEN) * 2)
-        limit = V9[rows] / 5
-        bench.report(
-            f"decision {rows} x {vocab}",
-            bench.measure({"ours": ways}),
-            floor,
-            "V9 / 5",
-            lambda t, most=limit: t <= most,
-        )
-    for rows in (1, 32, 1024, 4096):
-        logits = buffers((rows, VOCAB), 3.0)
+    def prepared(rows: int, vocab: int):
+        """(buffers of logits, the decision on one of them, its floor)"""
         states = [torch.randn(rows, HIDDEN, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
 
-        def decide(x, states=states):
+        def decide(x):
             return fused_entropy_decision(x, *states, 5.0, 1.5, 0.5, 0.3)
 
+        return buffers((rows, vocab), 3.0), decide, bench.floor(rows * (vocab + 2 * HIDDEN) * 2)
+
+    for rows, vocab in ((256, 32000), (1024, 32000), (4096, 32000), (256, VOCAB)):
+        logits, decide, floor = prepared(rows, vocab)
+        samples, limit = bench.measure({"ours": each(decide, logits)}), V9[rows] / 5
+        bench.report(f"decision {rows} x {vocab}", samples, floor, "V9 / 5", lambda t, limit=limit: t <= limit)
+    for rows in (1, 32, 1024, 4096):
+        logits, decide, floor = prepared(rows, VOCAB)
         samples = bench.measure({"ours": each(decide, logits), "entropy": each(fused_entropy, logits)})
         limit = 1.1 * statistics.median(samples["entropy"])
-        floor = bench.floor(rows * (VOCAB + 2 * HIDDEN) * 2)
         bench.report(
             f"decision {rows} x {VOCAB}", samples, floor, "<= 1.1 x entropy", lambda t, limit=limit: t <= limit
         )
@@ -277,6 +273,39 @@ def conditionals(bench: Bench) -> None:
     )
 
 
+def ratios(lines: Sequence[Line], read_bandwidth: float) -> None:
+    """What is not in the table's columns: beside the kernel's own part, beside V9, beside reading alone."""
+    print()
+    for line in lines:
+        kind, *size = line.name.split()
+        middle = {name: statistics.median(samples) for name, samples in line.samples.items() if samples}
+        told = [
+            f"{middle['ours'] / middle[name]:.3f}x {name}"
+            for name in ("entropy", "product alone", "plain")
+            if name in middle
+        ]
+        if kind == "decision" and int(size[0]) in V9:
+            told.append(f"{V9[int(size[0])] / middle['ours']:.1f}x as fast as V9's {V9[int(size[0])]:.0f} us")
+        if line.name == f"probe 4096 x {HIDDEN}":
+            read = 4096 * HIDDEN * 2 / read_bandwidth / 1e3
+            told += [
+                f"{middle['ours'] / line.floor:.3f}x a copy's time for these bytes",
+                f"{middle['ours'] / read:.3f}x reading alone",
+            ]
+        if told:
+            print(f"{line.name:34} {', '.join(told)}")
+
+
+def shown(path: Path) -> int:
+    facts = json.loads(path.read_text())
+    lines = [Line(**line) for line in facts["microseconds"]]
+    print(f"{facts['command']}\n{facts['machine']}")
+    print(f"copy {facts['copy_gb_per_s']:.0f} GB/s, read alone {facts['read_gb_per_s']:.0f} GB/s")
+    table(lines)
+    ratios(lines, facts["read_gb_per_s"])
+    return 0
+
+
 SECTIONS = (copy, entropies, heads, decisions, probes, routers, routing, conditionals)
 
 
@@ -287,7 +316,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=175.0, help="what takes long is left out when this runs short")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--only", action="append", choices=[section.__name__ for section in SECTIONS])
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print the tables of such a file; needs no GPU")
     chosen = parser.parse_args()
+    if chosen.show:
+        return shown(chosen.show)
     cupy = compile.require_gpu()
     machine = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "cupy": cupy.__version__,
@@ -311,7 +343,8 @@ def main() -> int:
             failed.append(section.__name__)
             traceback.print_exc()
         torch.cuda.empty_cache()
-    table(bench)
+    table(bench.lines)
+    ratios(bench.lines, bench.read_bandwidth)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": " ".join(sys.argv),

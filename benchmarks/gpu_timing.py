@@ -127,9 +127,9 @@ def each(work: Callable[..., object], *lists: Sequence[object]) -> list[Work]:
     return [lambda arguments=arguments: work(*arguments) for arguments in zip(*lists, strict=True)]
 
 
-def table(bench: Bench) -> None:
+def table(lines: Sequence[Line]) -> None:
     print(f"\n{'':34} {'us':>8} {'floor':>8} {'share':>6}  {'eager':>8} {'compile':>8}  target")
-    for line in bench.lines:
+    for line in lines:
         middle = {name: statistics.median(samples) for name, samples in line.samples.items() if samples}
         ours = middle.get("ours")
         if ours is None:
