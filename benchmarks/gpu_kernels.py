@@ -279,6 +279,8 @@ def ratios(lines: Sequence[Line], read_bandwidth: float) -> None:
     for line in lines:
         kind, *size = line.name.split()
         middle = {name: statistics.median(samples) for name, samples in line.samples.items() if samples}
+        if "ours" not in middle:
+            continue
         told = [
             f"{middle['ours'] / middle[name]:.3f}x {name}"
             for name in ("entropy", "product alone", "plain")
