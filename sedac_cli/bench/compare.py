@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sedac_cli.bench.metrics import FEWEST
 from sedac_cli.errors import InputError
 
 DRAWS = 4000
-FEWEST = 4
-"""Fewer samples than this on a side have no spread to speak of: no verdict."""
 MEASURED = ("busy_before", "read_bytes_per_second")
 """Parts of the description that are never twice the same."""
 Array = np.ndarray[Any, Any]
@@ -42,6 +41,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
+    random_weights: bool
+    """Of either run: then only speed means anything."""
     environment: list[str]
     changes: list[Change]
     only_in_one: list[str]
@@ -67,8 +68,8 @@ def _energy(sample: dict[str, Any]) -> float | None:
     return sample["joules"] / sample["new_tokens"] if sample.get("joules") and sample["new_tokens"] else None
 
 
-def _median(name: str) -> Callable[[dict[str, Any]], float | None]:
-    return lambda sample: float(np.median(sample[name])) if sample[name] else None
+def _milliseconds(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda sample: 1e3 * float(np.median(sample[name])) if sample[name] else None
 
 
 # Name, value of one run, whether more is better.
@@ -76,11 +77,11 @@ FIGURES: tuple[tuple[str, Callable[[dict[str, Any]], float | None], bool], ...] 
     ("tokens/s", _rate("new_tokens", "seconds"), True),
     ("decode tokens/s", _rate("decode", "decode_seconds"), True),
     ("prefill tokens/s", _rate("prompt_tokens", "prefill_seconds"), True),
-    ("TTFT", _median("ttft"), False),
-    ("ITL", _median("itl"), False),
+    ("TTFT, ms", _milliseconds("ttft"), False),
+    ("ITL, ms", _milliseconds("itl"), False),
     ("AR", _draft("accepted", "proposed"), True),
     ("TRR", _draft("accepted", "verify_tokens"), True),
-    ("peak memory", lambda sample: sample["peak_bytes"], False),
+    ("peak memory, MiB", lambda sample: sample["peak_bytes"] and sample["peak_bytes"] / 2**20, False),
     ("J/token", _energy, False),
 )
 PARTS = (("speed-up", "seconds"), ("decode speed-up", "decode_seconds"), ("prefill speed-up", "prefill_seconds"))
@@ -116,7 +117,8 @@ def compare_documents(
                                        confidence, min_change))  # fmt: skip
         changes += _quality(rng, name, mine[name], theirs[name], confidence, min_change)
         changes += _tasks(rng, name, mine[name], theirs[name], confidence, min_change)
-    return Comparison(_environment(before, after), changes, only)
+    random = any(bool(document.get("random_weights")) for document in (before, after))
+    return Comparison(random, _environment(before, after), changes, only)
 
 
 def _by_work(configuration: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -15,11 +15,15 @@ from sedac_cli.artifacts.manifest import versions
 from sedac_cli.bench.backends import Backend
 from sedac_cli.bench.machine import describe_machine
 from sedac_cli.bench.matrix import Matrix
+from sedac_cli.bench.metrics import FEWEST, LEVEL
 from sedac_cli.errors import InputError
 
 SCHEMA = 1
 KIND = "sedac bench"
 FILE = "bench.json"
+RANDOM_WEIGHTS = (
+    "RANDOM WEIGHTS: speed alone means anything; which MLPs are skipped was forced by the gate's setting, or is chance."
+)
 
 
 def new_document(matrix: Matrix, backend: Backend, workload: str, command: list[str], seed: int) -> dict[str, Any]:
@@ -57,6 +61,16 @@ def work_label(configurations: Iterable[dict[str, Any]]) -> Callable[[dict[str, 
         return f"{told}, {cell['engine']}" if len(engines) > 1 and cell.get("engine") else told
 
     return label
+
+
+def speed_note(document: dict[str, Any]) -> str:
+    """What stands under speed-ups."""
+    return (
+        f"Speed-up: dense wall time / own, median of pairs that ran one after the other, with the {LEVEL:.0%} interval of that "
+        f"median (none of fewer than {FEWEST} pairs). A row of dense pools its runs beside all others: only pairs give a speed-up. "
+        f"Dense is: {document.get('baseline', 'dense')}."
+        + (f" {RANDOM_WEIGHTS}" if document.get("random_weights") else "")
+    )
 
 
 def floor_note(document: dict[str, Any]) -> str:

@@ -1,16 +1,18 @@
 """The least time decode steps can take: the bytes they had to read, at the bandwidth with which this GPU reads.
 
 What a step reads: the weights of everything that ran in it (every layer's attention, the MLPs that ran, the stand-ins of those
-that did not, the gate, the head), and the keys and values of all positions so far. Activations stay in caches and are left out;
-of mixture-of-experts blocks only the experts that one token visits are counted.
+that did not, the gate, the head), and the keys and values of all positions so far, in layers with a sliding window of those
+within it. Activations stay in caches and are left out; of mixture-of-experts blocks only the experts that one token visits are
+counted.
 
     reads = StepReads.of(loaded, plan)
-    seconds = reads.bytes_of(ran, positions=64, rows=1) / read_bandwidth(loaded.device)
+    seconds = reads.bytes_of(ran, lengths=[64]) / read_bandwidth(loaded.device)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from sedac_cli.costs import visited_share
 from sedac_cli.gates.base import Gate
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.graph.standard import windows_of
 from sedac_cli.runtime.plan import Plan
 
 PROBE_BYTES = 2**31
@@ -32,13 +35,14 @@ def read_bandwidth(device: torch.device) -> float | None:
     free = torch.cuda.mem_get_info(device)[0]
     x = torch.ones(min(PROBE_BYTES, free // 4) // 4, dtype=torch.int32, device=device)
     best = 0.0
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        x.amax()
-        end.record()
-        end.synchronize()
-        best = max(best, x.numel() * x.element_size() / begin.elapsed_time(end) * 1e3)
+    with torch.cuda.device(device):
+        for _ in range(ROUNDS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            x.amax()
+            end.record()
+            end.synchronize()
+            best = max(best, x.numel() * x.element_size() / begin.elapsed_time(end) * 1e3)
     del x
     torch.cuda.empty_cache()
     return best
@@ -46,12 +50,14 @@ def read_bandwidth(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class StepReads:
-    """Bytes. `always`: read by every step; `mlp[l]` if that MLP ran, `standin[l]` if not; `position`: keys and values of one."""
+    """Bytes. `always`: read by every step; `mlp[l]` if that MLP ran, `standin[l]` if not; `position`: keys and values of one
+    in one layer; `windows[l]`: how many of the last positions are read there, 0 for all."""
 
     always: int
     mlp: tuple[int, ...]
     standin: tuple[int, ...]
     position: int
+    windows: tuple[int, ...]
 
     @classmethod
     def of(cls, loaded: LoadedModel, plan: Plan) -> StepReads:
@@ -69,16 +75,20 @@ class StepReads:
             + _of_gate(plan.gate, decoder.hidden_size, width),
             mlp=tuple(_weights(mlp, visited_share(config)) for mlp in mlps),
             standin=tuple(map(round, standins)),
-            position=2 * heads * size * decoder.num_layers * width,
+            position=2 * heads * size * width,
+            windows=tuple(windows_of(decoder)),
         )
 
-    def bytes_of(self, ran: Tensor, positions: int, rows: int) -> int:
-        """Of consecutive steps: `ran` [steps, layers]; `positions` of all rows together before the first."""
+    def bytes_of(self, ran: Tensor, lengths: Sequence[int]) -> int:
+        """Of consecutive steps: `ran` [steps, layers]; `lengths`: each row's positions before the first."""
         steps = ran.shape[0]
         ran = ran.to("cpu", torch.long)
         mlps = int((ran.sum(dim=0) * torch.tensor(self.mlp)).sum())
         standins = int(((1 - ran).sum(dim=0) * torch.tensor(self.standin)).sum())
-        seen = steps * positions + rows * steps * (steps + 1) // 2
+        at = torch.tensor(lengths).unsqueeze(1) + torch.arange(1, steps + 1)
+        seen = sum(
+            n * int((at.clamp_max(window) if window else at).sum()) for window, n in Counter(self.windows).items()
+        )
         return steps * self.always + mlps + standins + seen * self.position
 
 

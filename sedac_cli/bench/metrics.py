@@ -14,6 +14,8 @@ import numpy as np
 
 DRAWS = 4000
 LEVEL = 0.95
+FEWEST = 5
+"""Fewer samples have no such interval: even their extremes hold the median in fewer than 9 of 10 cases."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ def interval(values: Sequence[float], seed: int = 0, level: float = LEVEL) -> tu
 
 
 def spread(values: Sequence[float], seed: int = 0) -> dict[str, Any] | None:
-    """Median, its interval, and the extremes."""
+    """Median, its interval (None of too few samples), and the extremes."""
     if not len(values):
         return None
-    low, high = interval(values, seed)
+    low, high = interval(values, seed) if len(values) >= FEWEST else (None, None)
     return {"median": float(np.median(values)), "low": low, "high": high, "min": float(min(values)),
             "max": float(max(values)), "n": len(values)}  # fmt: skip
 

@@ -193,8 +193,11 @@ def _interleaved(
         base.run(prompts[0][: cell.batch], cell.new_tokens)
         own.run(prompts[0][: cell.batch], cell.new_tokens)
     pairs: list[tuple[Run | None, Run]] = []
-    for batch in prompts:
-        dense, run = base.run(batch, cell.new_tokens), own.run(batch, cell.new_tokens)
+    for repeat, batch in enumerate(prompts):
+        # Who goes first takes turns: what the first of a pair pays for, or gains, then meets both.
+        first, second = (base, own) if repeat % 2 == 0 else (own, base)
+        made = [first.run(batch, cell.new_tokens), second.run(batch, cell.new_tokens)]
+        dense, run = made if first is base else made[::-1]
         if experiment.how.loop and run.drafts is not None:
             same = sum(a == b for a, b in zip(dense.tokens, run.tokens, strict=True))
             run = replace(run, drafts=run.drafts | {"identical": same, "sequences": len(run.tokens)})

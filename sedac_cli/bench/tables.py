@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac_cli.artifacts.files import atomic_file
-from sedac_cli.bench.document import floor_note, work_label
+from sedac_cli.bench.document import floor_note, speed_note, work_label
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def _speed(document: dict[str, Any]) -> Table:
     columns = [
         "configuration", "work", "speed-up", "decode", "prefill", "tokens/s", "decode tok/s", "prefill tok/s", "MLPs skipped",
     ]  # fmt: skip
-    note = f"Speed-ups: dense wall time / own, median of pairs in this run (95 % interval of the median). Dense: {document['baseline']}."
-    return Table("speed", columns, rows, note)
+    return Table("speed", columns, rows, speed_note(document))
 
 
 def _steps(document: dict[str, Any]) -> Table:
@@ -251,7 +250,10 @@ def _crashes(document: dict[str, Any]) -> Table:
 
 
 def _ratio(value: dict[str, Any] | None) -> str:
-    return "-" if value is None else f"{value['median']:.3f}x ({value['low']:.3f} .. {value['high']:.3f})"
+    if value is None:
+        return "-"
+    span = f"n = {value['n']}" if value["low"] is None else f"{value['low']:.3f} .. {value['high']:.3f}"
+    return f"{value['median']:.3f}x ({span})"
 
 
 def _rate(value: dict[str, Any] | None, digits: int = 1) -> str:

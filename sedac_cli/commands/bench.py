@@ -235,7 +235,7 @@ def compare(
 ) -> None:  # fmt: skip
     """What changed between two runs of `sedac bench`, and whether it is more than noise."""
     from sedac_cli.bench.compare import compare_documents
-    from sedac_cli.bench.document import read_document
+    from sedac_cli.bench.document import RANDOM_WEIGHTS, read_document
 
     found = compare_documents(read_document(before), read_document(after), confidence=confidence, min_change=min_change)
     for difference in found.environment:
@@ -246,7 +246,7 @@ def compare(
         for c in found.changes
     ]  # fmt: skip
     out.table(
-        f"{before} -> {after}",
+        f"{before} -> {after}" + (" (random weights)" if found.random_weights else ""),
         [
             "configuration",
             "work",
@@ -259,7 +259,8 @@ def compare(
         ],
         rows,
         caption=f"better or worse: the interval leaves 1 out and the change is at least {min_change:.0%}; all else is noise. "
-        "Absolute figures move with the machine; speed-ups are paired within each run.",
+        "Absolute figures move with the machine; speed-ups are paired within each run."
+        + (f" {RANDOM_WEIGHTS}" if found.random_weights else ""),
     )
     for line in found.only_in_one:
         out.note(line)

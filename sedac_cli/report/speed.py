@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sedac_cli.bench.document import floor_note, work_label
+from sedac_cli.bench.document import floor_note, speed_note, work_label
 from sedac_cli.report import plots
 from sedac_cli.report.plots import Point
 from sedac_cli.report.sources import RunData
@@ -41,7 +41,7 @@ def speed(run: RunData, page: dict[str, Any]) -> None:
             )  # fmt: skip
     if rows:
         columns = ["configuration", "work", "speed-up (95 %)", "tokens/s (95 %)", "first token", "between tokens"]
-        note = f"Speed-up: dense wall time / own, pairs in one run. Dense is: {run.bench.get('baseline', 'dense')}."
+        note = speed_note(run.bench)
         if known:
             columns += ["step floor", "of floor"]
             note += " " + floor_note(run.bench)

@@ -35,6 +35,8 @@ def spread(value: dict[str, Any] | None, unit: str) -> str:
     text = f"{value['median']:,.{digits}f}{unit}"
     if value.get("low") is not None:
         text += f" ({value['low']:,.{digits}f} .. {value['high']:,.{digits}f})"
+    elif value.get("n"):
+        text += f" (n = {value['n']})"
     return text
 
 

@@ -43,10 +43,10 @@ def rng():
 
 def test_a_slower_run_is_worse_and_a_faster_one_better(rng):
     worse = verdicts(document(rng), document(rng, slow=1.3))
-    assert {worse[f] for f in ("speed-up", "tokens/s", "decode tokens/s", "TTFT", "ITL")} == {"worse"}
+    assert {worse[f] for f in ("speed-up", "tokens/s", "decode tokens/s", "TTFT, ms", "ITL, ms")} == {"worse"}
     better = verdicts(document(rng), document(rng, slow=0.7))
-    assert {better[f] for f in ("speed-up", "tokens/s", "TTFT")} == {"better"}
-    assert better["peak memory"] == "noise"
+    assert {better[f] for f in ("speed-up", "tokens/s", "TTFT, ms")} == {"better"}
+    assert better["peak memory, MiB"] == "noise"
 
 
 def test_the_same_twice_is_noise(rng):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import save_tiny
 
 from sedac_cli.bench.backends import Cell, hf
 from sedac_cli.bench.backends.hf import GraphSession
@@ -14,6 +15,7 @@ from sedac_cli.bench.metrics import Run, summarize
 from sedac_cli.bench.tables import tables
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.simple import NeverGate
+from sedac_cli.models import load_model
 from sedac_cli.runtime.graph import GraphEngine
 from sedac_cli.runtime.plan import Plan, make_plan
 from sedac_cli.standins import ZeroStandIn
@@ -23,7 +25,7 @@ from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 MLP = 3 * 32 * 48 * 4
 ATTENTION = (32 * 32 + 32 + 2 * (32 * 16 + 16) + 32 * 32) * 4  # q with bias, k and v with bias, o
 NORMS = 2 * 32 * 4
-POSITION = 4 * 2 * 2 * 8 * 4
+POSITION = 2 * 2 * 8 * 4  # in one layer
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def test_what_a_step_reads(tiny, head):
     assert reads.standin == (0,) * 4
     assert reads.always == 4 * (ATTENTION + NORMS) + head
     assert reads.position == POSITION
+    assert reads.windows == (0,) * 4
 
 
 def test_deciding_and_standing_in_are_read_too(tiny, head):
@@ -49,24 +52,29 @@ def test_deciding_and_standing_in_are_read_too(tiny, head):
 
 
 def test_steps_add_up():
-    reads = StepReads(always=100, mlp=(10, 20), standin=(1, 2), position=3)
+    reads = StepReads(always=100, mlp=(10, 20), standin=(1, 2), position=3, windows=(0, 7))
     ran = torch.tensor([[True, True], [True, False], [False, False]])
-    # Two rows of 5 positions: 12, 14 and 16 are read.
-    assert reads.bytes_of(ran, positions=10, rows=2) == 300 + (30 + 10 + 2 + 1 + 2) + 3 * (12 + 14 + 16)
-    assert reads.bytes_of(ran[:0], positions=10, rows=2) == 0
+    # Rows of 4 and 6 positions: 5 + 7, 6 + 8 and 7 + 9 are read by the first layer, of more than 7 the last 7 by the second.
+    assert reads.bytes_of(ran, [4, 6]) == 300 + (30 + 10 + 2 + 1 + 2) + 3 * (12 + 14 + 16) + 3 * (12 + 13 + 14)
+    assert reads.bytes_of(ran[:0], [4, 6]) == 0
 
 
 def test_experts_of_one_token_only(tmp_path):
-    from conftest import save_tiny
-
-    from sedac_cli.models import load_model
-
     folder = save_tiny(tmp_path / "m", "mixtral", num_local_experts=4, num_experts_per_tok=1)
     loaded = load_model(str(folder))
     reads = StepReads.of(loaded, Plan(NeverGate(4), ZeroStandIn()))
     experts = 4 * 3 * 32 * 48 * 4
     whole = sum(p.numel() * 4 for p in loaded.decoder.branches[0].entry.parameters())
     assert reads.mlp[0] == whole - experts + experts // 4
+
+
+def test_a_window_is_all_that_its_layer_reads(tmp_path):
+    folder = save_tiny(tmp_path / "m", "mistral", sliding_window=16)
+    reads = StepReads.of(load_model(str(folder)), Plan(NeverGate(4), ZeroStandIn()))
+    assert reads.windows == (16,) * 4
+    ran = torch.ones(3, 4, dtype=torch.bool)
+    weights = 3 * (reads.always + sum(reads.mlp))
+    assert reads.bytes_of(ran, [14, 40]) == weights + 4 * POSITION * ((15 + 16 + 16) + 3 * 16)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -77,7 +85,7 @@ def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
     run = session.run(["the sea"] * rows, 5)
     length = run.prompt_tokens // rows
     step = session.reads.always + 2 * MLP
-    expected = sum(step + rows * (length + n) * POSITION for n in (1, 2, 3, 4)) / 1e6
+    expected = sum(step + rows * (length + n) * 4 * POSITION for n in (1, 2, 3, 4)) / 1e6
     assert run.floor_seconds == pytest.approx(expected)
     found = summarize([run])["floor"]
     assert found["step_seconds"] == pytest.approx(expected / 4)

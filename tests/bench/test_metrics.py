@@ -12,7 +12,15 @@ from sedac_cli.bench.metrics import Run, interval, paired, percentiles, spread, 
 def test_paired_is_pair_by_pair():
     found = paired([2.0, 30.0, 4.0], [1.0, 10.0, 4.0])
     assert (found["median"], found["min"], found["max"], found["n"]) == (2.0, 1.0, 3.0, 3)
-    assert found["low"] <= 2.0 <= found["high"]
+    assert (found["low"], found["high"]) == (None, None)  # three pairs have no interval of 95 %
+
+
+def test_an_interval_needs_five_pairs():
+    """Of n samples the extremes alone hold the median with probability 1 - 2^(1-n)."""
+    own = [1.0] * 5
+    assert paired([1.0, 2.0, 3.0, 4.0], own[:4])["low"] is None
+    found = paired([1.0, 2.0, 3.0, 4.0, 5.0], own)
+    assert 1.0 <= found["low"] < 3.0 < found["high"] <= 5.0
 
 
 def test_the_interval_of_the_median_is_scipys():

@@ -256,7 +256,8 @@ class GraphSession:
         assert steps is not None
         floor = None
         if self.bandwidth:
-            floor = self.reads.bytes_of(steps.ran, made.prompt_tokens, len(prompts)) / self.bandwidth
+            lengths = encode_prompts(self.loaded, prompts, options)["attention_mask"].sum(dim=1).tolist()
+            floor = self.reads.bytes_of(steps.ran, lengths) / self.bandwidth
         return Run(
             seconds=ended - began,
             prompt_tokens=made.prompt_tokens,

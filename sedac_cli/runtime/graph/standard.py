@@ -75,7 +75,7 @@ def standard_model(decoder: Decoder) -> Standard:
     if norm is None:
         raise NotStandardError("it has no final norm")
     size = _rotary_size(rotary, decoder)
-    windows = _windows(decoder)
+    windows = windows_of(decoder)
     layers = [_layer(module, index, size, windows[index]) for index, module in enumerate(decoder.layers)]
     return Standard(layers, _norm(norm, "the final norm"), rotary)
 
@@ -105,7 +105,7 @@ def check_kernels(standard: Standard, decoder: Decoder) -> None:
             )
 
 
-def _windows(decoder: Decoder) -> list[int]:
+def windows_of(decoder: Decoder) -> list[int]:
     """How far back each layer attends, 0 for all the way: as transformers itself makes the model's cache."""
     from transformers import DynamicCache
 
