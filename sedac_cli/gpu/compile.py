@@ -14,6 +14,7 @@ import functools
 import importlib
 import logging
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,7 @@ DEFAULT_SHARED = 48 * 1024
 _SLOT, _SLOTS = MAX_ROWS + 64, 128  # 17 MB: torch has 32 streams a priority, each eager or captured
 
 _arenas: dict[int, Tensor] = {}
+_dealing = threading.Lock()
 _slots: dict[tuple[int, int, bool], int] = {}
 
 
@@ -306,10 +308,11 @@ def counters(device: torch.device) -> Tensor:
     key = (index, torch.cuda.current_stream(index).cuda_stream, torch.cuda.is_current_stream_capturing())
     slot = _slots.get(key)
     if slot is None:
-        slot = sum(used[0] == index for used in _slots)
-        if slot == _SLOTS:
-            raise RuntimeError(f"kernels were launched on more than {_SLOTS} streams of device {index}")
-        _slots[key] = slot
+        with _dealing:
+            slot = sum(used[0] == index for used in _slots)
+            if slot == _SLOTS:
+                raise RuntimeError(f"kernels were launched on more than {_SLOTS} streams of device {index}")
+            _slots[key] = slot
     return _arena(index)[slot]
 
 

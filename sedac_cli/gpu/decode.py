@@ -140,7 +140,7 @@ def attend_bytes(constants: dict[str, int]) -> int:
 
 def attend_scratch(rows: int, heads: Heads, device: torch.device) -> Tensor:
     """What blocks leave for the one that ends last; may be shared by all layers of a step."""
-    return torch.empty(rows * heads.key * 32 * heads.group * (heads.size + 2), device=device)
+    return torch.empty(rows * heads.key * 32 * heads.group * (heads.size + 2), dtype=torch.float32, device=device)
 
 
 def attend(
@@ -212,7 +212,7 @@ def norm_route_constants(element: int, units: int, rows: int, width: int, cluste
 
 def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
     """What the blocks of a row leave for the one that ends last."""
-    return torch.empty(norm_route_parts(rows, width) * (MAX_UNITS + 10), device=device)
+    return torch.empty(norm_route_parts(rows, width) * (MAX_UNITS + 10), dtype=torch.float32, device=device)
 
 
 def norm_route(
@@ -245,7 +245,7 @@ def norm_route(
         raise ValueError("ready without decided: memory that is freed here might be written beside the decision")
     out = torch.empty_like(x)
     score, run = decided or (
-        torch.empty(rows, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
+        torch.empty(rows, dtype=torch.float32, device=x.device), torch.empty(rows, dtype=torch.bool, device=x.device)
     )  # fmt: skip
     clusters = properties(device_index(x.device)).major >= 9
     constants = norm_route_constants(kind(x, "x"), router.units, rows, width, clusters) | _residual(residual)

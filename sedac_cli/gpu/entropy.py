@@ -128,8 +128,11 @@ def fused_entropy(logits: Tensor, out: Entropy | None = None) -> Entropy:
 
 def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Entropy:
     """`fused_entropy` of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
-    rows = Rows.of(hidden, "hidden")
-    return by_chunk(hidden, head, row_chunks(rows.count, vocab, HEAD_BYTES), fused_entropy)
+    rows, least = (
+        Rows.of(hidden, "hidden"),
+        HEAD_BYTES // (4 * MAX_ROWS),
+    )  # shorter logits are too many rows for one launch
+    return by_chunk(hidden, head, row_chunks(rows.count, max(vocab, least), HEAD_BYTES), fused_entropy)
 
 
 def fused_entropy_decision(

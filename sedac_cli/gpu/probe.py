@@ -75,9 +75,9 @@ class ProbeWeights:
         if rank > MAX_RANK:
             raise ValueError(f"a probe of rank {rank}: the kernel goes up to {MAX_RANK}")
         padded_rank, padded = -(-rank // 64) * 64, -(-width // 64) * 64
-        full = torch.zeros(padded_rank, padded, device=device)
+        full = torch.zeros(padded_rank, padded, dtype=torch.float32, device=device)
         full[:rank, :width] = weight
-        constants = torch.zeros(2 * padded_rank + 2, device=device)
+        constants = torch.zeros(2 * padded_rank + 2, dtype=torch.float32, device=device)
         scale = head.weight.detach().to(constants).flatten()
         if proj.bias is not None:
             constants[:rank] = proj.bias.detach().to(constants)
@@ -113,7 +113,7 @@ class RouterWeights:
         units, width = inner.shape
         if units > MAX_UNITS:
             raise ValueError(f"a router with {units} hidden units: the kernel goes up to {MAX_UNITS}")
-        matrix = torch.zeros(1 + units, -(-width // 4) * 4, device=device)
+        matrix = torch.zeros(1 + units, -(-width // 4) * 4, dtype=torch.float32, device=device)
         matrix[0, :width], matrix[1:, :width] = router.weight.detach(), inner
         outer = torch.cat([router.outer.detach().to(matrix), matrix.sum(dim=1)])
         return cls(width, matrix, outer, router.bias.detach().to(matrix).reshape(1).clone())
@@ -150,7 +150,7 @@ def probe_risk(
     plan = _plan(rows, weights, precision, kind(hidden, "hidden"))
     constants = plan.constants | _conditional(arm)
     size = 0 if "CLUSTER" in constants else plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"]
-    partial = torch.empty(size, device=device) if size else None
+    partial = torch.empty(size, dtype=torch.float32, device=device) if size else None
     launch(
         "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared,
         args=[
@@ -229,7 +229,8 @@ def _router_few(
 
 def router_scratch(rows: int, weights: RouterWeights, device: torch.device) -> Tensor:
     """What the blocks of up to ROUTER_ROWS rows leave for the one that ends last."""
-    return torch.empty(rows * -(-weights.width // ROUTER_SLICE) * (-(-(1 + weights.units) // 8) * 8 + 2), device=device)
+    slices, numbers = -(-weights.width // ROUTER_SLICE), -(-(1 + weights.units) // 8) * 8 + 2
+    return torch.empty(rows * slices * numbers, dtype=torch.float32, device=device)
 
 
 def router_bytes(rows: int, width: int) -> int:

@@ -106,8 +106,8 @@ def by_chunk(
 ) -> Entropy:
     """What `measure` finds in the logits of each chunk of [N, H] rows, put together."""
     result = Entropy(
-        torch.empty(hidden.shape[0], device=hidden.device),
-        torch.empty(hidden.shape[0], device=hidden.device),
+        torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device),
+        torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device),
         torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device),
     )
     for rows in chunks:
@@ -131,7 +131,7 @@ def _entropy_in_cache(logits: Tensor) -> Tensor:
     1024 x 16384 logits: 31 ms of one core; 115 ms where every step takes new memory, 230 ms in one piece."""
     rows, vocab = logits.shape
     out = torch.empty(rows, dtype=torch.float32)
-    buffers = torch.empty(2, min(rows, max(1, CACHE_BYTES // (4 * vocab))), vocab)
+    buffers = torch.empty(2, min(rows, max(1, CACHE_BYTES // (4 * vocab))), vocab, dtype=torch.float32)
     for few in row_chunks(rows, vocab, CACHE_BYTES):
         shifted, weight = buffers[:, : few.stop - few.start]
         shifted.copy_(logits[few])

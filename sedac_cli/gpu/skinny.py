@@ -285,7 +285,7 @@ class _Job:
             "batch", "batch", shape.constants(kind(x, "x"), self.gated, ACTIVATIONS[self.activation], races, self.otherwise), x.device,
             early=True, grid=(grid,), threads=shape.threads, shared=shape.shared,
             args=[
-                *self.operands(x), *flags, I32(tiles), *awaited, torch.empty(shape.parts(grid), device=x.device),
+                *self.operands(x), *flags, I32(tiles), *awaited, torch.empty(shape.parts(grid), dtype=torch.float32, device=x.device),
                 counters(x.device)[COUNTERS:], *self.other_operands(),
             ],
         )  # fmt: skip

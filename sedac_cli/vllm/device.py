@@ -171,7 +171,7 @@ class DeviceSession(Session):
         a captured step begins with is 2 us of every step."""
         state = self.inputs.state(count)
         made = TokenState(
-            shape=(1, count), scale=torch.empty(count, device=self.device),
+            shape=(1, count), scale=torch.empty(count, dtype=torch.float32, device=self.device),
             exit_layer=torch.empty(count, dtype=torch.int32, device=self.device), may_skip=state == MAY_SKIP,
             real=state > PADDING,
         )  # fmt: skip
@@ -221,7 +221,7 @@ class DeviceSession(Session):
         if self.rows is None:
             self.capture.warm_mlp(layer, x)
             if self.packs and x.shape[0] >= PACK_ROWS:  # vLLM measures here how much memory a step takes
-                return self.by_rows(layer, x, torch.ones(x.shape[0], device=x.device))
+                return self.by_rows(layer, x, torch.ones(x.shape[0], dtype=torch.float32, device=x.device))
             return self.forward[layer](x)
         place, count = self.capture.place[layer], len(self.rows.position)
         if layer == self.gated[-1]:

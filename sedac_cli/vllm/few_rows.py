@@ -48,7 +48,7 @@ class FewRows:
             device, most = session.device, max(BATCH_ROWS, ROUTED_ROWS)
             sizes = [router_scratch(BATCH_ROWS, weights, device) for weights in routers.values()]
             sizes.append(norm_route_scratch(ROUTED_ROWS, next(iter(routers.values())).width, device))
-            score, run = torch.empty(most, device=device), torch.empty(most, dtype=torch.bool, device=device)
+            score, run = (torch.empty(most, dtype=d, device=device) for d in (torch.float32, torch.bool))
             self.memory = score, run, max(sizes, key=Tensor.numel)
 
     def known(self) -> LowRankStandIns | ZeroStandIn:

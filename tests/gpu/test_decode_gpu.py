@@ -14,7 +14,7 @@ from cases import (
 )
 from torch import Tensor
 
-from sedac_cli.gpu import decode, decode_reference, reference
+from sedac_cli.gpu import decode, decode_reference, reference, skinny
 from sedac_cli.gpu.decode import Heads
 from sedac_cli.gpu.probe import RouterWeights
 from sedac_cli.gpu.skinny import PENDING, Other, skinny_gated, skinny_linear
@@ -71,6 +71,19 @@ def test_gated(dtype, rows, activation, width, size):
     close(activation, skinny_gated(x, gate, up, activation), expected)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("width", [8, 40, 512, 896, 992, 1000, 1536])
+def test_rows_that_do_not_fit_beside_the_ring(dtype, rows, width, monkeypatch):
+    """On a chip with less shared memory x is read from L2, by blocks that have several items, in as few as one step each."""
+    monkeypatch.setattr(skinny, "room_for_x", lambda *_: -1)
+    x, size = random(rows, width, dtype=dtype), 40000
+    weight, up = (random(size, width, dtype=dtype, scale=width**-0.5) for _ in range(2))
+    close("linear", skinny_linear(x, [weight]), x.float() @ weight.float().T)
+    gated = decode_reference.skinny_gated(x.float(), weight.float(), up.float(), "silu")
+    close("gated", skinny_gated(x, weight, up, "silu"), gated)
+
+
 @pytest.mark.parametrize("rows", [1, 12, 30, 50])
 @pytest.mark.parametrize("need", [0, 1])
 def test_a_flag_stops_the_launch_and_nothing_is_written(rows, need):
@@ -112,7 +125,7 @@ def test_a_launch_does_the_other_work_when_it_is_not_needed(dtype, rows, width, 
         poison(z)
         before = z.clone()
         skinny_gated(x, gate, up, "silu", out=z, need=need, settled=settled, norm=norm, other=first)
-        skinny_linear(z, [down], residual=out, out=out, need=need, settled=True, other=second)
+        skinny_linear(z, [down], residual=out, out=out, need=need, settled=settled, other=second)
         twin, expected = torch.empty(rows, size + rank, dtype=dtype, device="cuda"), h.clone()
         decode_reference.skinny_gated(x, gate, up, "silu", out=twin, need=need, norm=norm, other=first)
         decode_reference.skinny_linear(twin, [down], residual=expected, out=expected, need=need, other=second)

@@ -100,6 +100,34 @@ def test_entropy_of_special_rows(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 40, 700])
+@pytest.mark.parametrize("mask", [-1e4, -65504.0, -1e5, -1e9, -1e10, -1e20, -1e30])
+def test_entropy_where_a_stretch_is_masked_with_a_number(dtype, rows, mask):
+    """Whole chunks that hold nothing else, before and behind the others; their probability is 0."""
+    vocab = 40001
+    for masked in (slice(0, 20000), slice(20000, None), slice(0, vocab - 3)):
+        logits = logits_of(rows, vocab, dtype)
+        logits[:, masked] = mask
+        check_entropy(logits, f"{mask} at {masked}")
+        assert fused_entropy(logits).entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("vocab", [1000, 40001])
+@pytest.mark.parametrize("far", [0.0, 4096.0, 65500.0, -65500.0, -65536.0, 7e4, -7e4, 1e6, -1e6])
+def test_entropy_of_logits_far_from_zero(vocab, far):
+    """On both sides of where exponents begin to count from the maximum itself, and across it."""
+    logits = torch.linspace(0, 60, vocab, device="cuda")[torch.randperm(vocab, device="cuda")].expand(40, -1) + far
+    check_entropy(logits.contiguous(), f"around {far}")
+
+
+def test_more_rows_of_short_logits_than_a_launch_takes():
+    hidden = logits_of(40000, 1000, torch.bfloat16)
+    found, expected = (f(hidden, lambda x: x, 1000) for f in (linear_entropy, reference.linear_entropy))
+    assert_close("entropy", found.entropy, expected.entropy, ENTROPY_BITS)
+    assert torch.equal(found.argmax, expected.argmax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 1000), (1, 32000), (33, 50257), (1500, 151936), (700, 262143)])
 def test_entropy_through_a_head(dtype, rows, vocab):
     """More rows than a chunk, a chunk with one row more, and fewer; the head hands on what it is given, so all is equal."""

@@ -2,7 +2,7 @@
 
 #define LOG2E 1.4426950408889634f
 #define LOWEST (-3.4028234663852886e38f)
-#define ORDINARY 1e38f
+#define ORDINARY 65536.0f  // from here on rounding m log2e would shift an exponent by more than 1/128
 #define NEG_INF (-__int_as_float(0x7f800000))
 #define FLOOR (-200.0f)  // 2^-200 is 0 in float32, and 0 * -200 is 0 where 0 * -inf would be NaN
 #define NO_INDEX 0x7fffffff
@@ -18,12 +18,14 @@ struct State {
 };
 
 // What exponents count from, in log2, for a maximum m. Rounded as it is: sums to any base near the maximum give the same entropy,
-// and v log2e - base is one rounded operation. A maximum that is not ordinary has no finite one: differences are taken first.
+// and v log2e - base is one rounded operation. The rounded base of a maximum that is not ordinary may lie far from it: there
+// exponents count from the maximum itself, and differences are taken first.
 __device__ __forceinline__ bool ordinary(float m) { return fabsf(m) <= ORDINARY; }
 __device__ __forceinline__ float base_of(float m) { return __fmul_rn(m, LOG2E); }  // never fused: it must be one number everywhere
 
 __device__ __forceinline__ void lift(State& p, float m) {
-  const float apart = ordinary(p.m) && ordinary(m) ? base_of(p.m) - base_of(m) : (p.m - m) * LOG2E;
+  const float apart = ordinary(p.m) ? (ordinary(m) ? base_of(p.m) - base_of(m) : fmaf(-m, LOG2E, base_of(p.m)))
+                                    : (ordinary(m) ? fmaf(p.m, LOG2E, -base_of(m)) : (p.m - m) * LOG2E);
   const float d = fmaxf(apart, FLOOR), a = exp2_fast(d);
   p.t = a * fmaf(p.s, d, p.t);
   p.s *= a;

@@ -143,6 +143,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #endif
   release();
   int seen = need && (standing == 0 || (RACES && threadIdx.x == 0)) ? *flag : PENDING;
+  instead |= !RACES && need && standing == 0 && closed(seen);
   // What the last lines of an item add is asked for here: from memory it would hold up the end.
   float last_bias[MT] = {}, last_residual[MT] = {};
 #if AHEAD
@@ -203,9 +204,15 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     q = *(const uint4*)(x + g * x_stride + at);
 #endif
   };
+  // The block's next item begins where this one has ended; one step may be all that it has.
+  auto wrapped = [&](int step) {
 #pragma unroll
-  for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
-  instead |= !RACES && need && standing == 0 && closed(seen);
+    for (int turn = 0; turn < X_AHEAD; ++turn)
+      if (LOOP && step >= steps) step -= steps;
+    return step;
+  };
+#pragma unroll
+  for (int step = 0; step < X_AHEAD; ++step) fetch(wrapped(step), x_ahead[step]);
   if (!OTHER && instead) {
     copy_async_wait<0>();
     return;
@@ -226,8 +233,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
       if (known && closed(now)) break;
     }
 #endif
-    const int next = step + X_AHEAD;
-    fetch(LOOP && X_AHEAD && next >= steps ? next - steps : next, x_ahead[X_AHEAD]);
+    fetch(wrapped(step + X_AHEAD), x_ahead[X_AHEAD]);
     const uint4& q = x_ahead[0];
     copy_async_wait<STAGES - 1>();
 #pragma unroll

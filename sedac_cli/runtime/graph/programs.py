@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sedac_cli.gates.base import Gate
-from sedac_cli.gates.cascade import CascadeGate
+from sedac_cli.gates.cascade import CascadeGate, FixedGate
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.simple import AlwaysGate, RandomGate
 from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu import decode, reference
-from sedac_cli.gpu.probe import ProbeWeights, RouterWeights, probe_risk
+from sedac_cli.gpu.probe import MAX_RANK, MAX_UNITS, ProbeWeights, RouterWeights, probe_risk
 from sedac_cli.gpu.skinny import PENDING
 from sedac_cli.runtime.graph.ops import Ops
 from sedac_cli.runtime.graph.standard import Norm
@@ -158,7 +158,9 @@ class LearnedProgram(Program):
         self.marks = torch.ones(2 * gate.num_layers, dtype=torch.int32, device=device)
         self.needs = self.marks[: gate.num_layers]
         # The MLP writes while its router still runs: what routers write must not be memory that the MLP's output is given.
-        self.decided = torch.empty(rows, device=device), torch.empty(rows, dtype=torch.bool, device=device)
+        self.decided = (
+            torch.empty(rows, dtype=torch.float32, device=device), torch.empty(rows, dtype=torch.bool, device=device)
+        )  # fmt: skip
         self.scratch: Tensor | None = None
 
     def begin(self, position: Tensor, real: Tensor) -> None:
@@ -226,12 +228,19 @@ class CascadeProgram(Program):
 
 
 def make_program(gate: Gate, rows: int, device: torch.device) -> Program:
+    """The gate's own rule wherever the program that is known might not be it: for a class derived from these, and for routers and
+    probes that are wider than the kernels go."""
+    kind = type(gate)
     if gate.trivial:
         return Program(gate.num_layers, rows, device)
-    if isinstance(gate, AlwaysGate | RandomGate):
-        return ForcedProgram(gate.num_layers, rows, device, gate)
+    if kind is AlwaysGate or kind is RandomGate:
+        return ForcedProgram(gate.num_layers, rows, device, gate)  # type: ignore[arg-type]
     if isinstance(gate, LearnedGate):
-        return LearnedProgram(gate, rows, device)
-    if isinstance(gate, CascadeGate) and gate.batch_rule == "token" and gate.adaptive is None:
-        return CascadeProgram(gate, rows, device)
+        narrow = all(router.inner.shape[0] <= MAX_UNITS for router in gate.routers.values())
+        if narrow and kind is LearnedGate:
+            return LearnedProgram(gate, rows, device)
+    if isinstance(gate, CascadeGate):
+        narrow = all(probe.proj.weight.shape[0] <= MAX_RANK for probe in gate.probes.values())
+        if narrow and kind in (CascadeGate, FixedGate) and gate.batch_rule == "token" and gate.adaptive is None:
+            return CascadeProgram(gate, rows, device)
     return GateProgram(gate, rows, device)
