@@ -182,7 +182,7 @@ def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
     began = time.perf_counter()
     result = work()
     if result.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(result.device)
     return result, time.perf_counter() - began
 
 

@@ -78,11 +78,12 @@ class Generator:
             return self._eagerly(prompts, options), Used("eager")
         width = encode_prompts(self.loaded, prompts, options)["input_ids"].shape[1]
         check_room(self.loaded, width, options.max_new_tokens)  # before there is a cache of that size
-        size = len(prompts), self._length(width + options.max_new_tokens)
+        needed = width + options.max_new_tokens
+        size = len(prompts), self._length(needed)
         note = self.refused.get(size)
         if note is None:
             try:
-                graph = self._graph(*size)
+                graph = self._graph(*size, needed)
                 return graph.generate(prompts, options), Used("graph", graph.path, graph.notes)
             except InputError as error:
                 if self.engine == "graph":
@@ -99,14 +100,20 @@ class Generator:
         room = max(SHORTEST, 1 << (needed - 1).bit_length())
         return min(room, context_limit(self.loaded) or room)
 
-    def _graph(self, batch: int, length: int) -> GraphEngine:
+    def _graph(self, batch: int, length: int, needed: int) -> GraphEngine:
+        """For `length`, or, where that is refused (it may exceed a window that the text does not), for what is needed."""
         from sedac_cli.runtime.graph import GraphEngine
 
         kept = self.graph
-        if kept is None or kept.batch != batch or kept.max_length < length:
-            self.graph = None  # its cache makes room first
+        if kept is not None and kept.batch == batch and kept.max_length >= needed:
+            return kept
+        self.graph = None  # its cache makes room first
+        try:
             self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=length)
-        assert self.graph is not None
+        except InputError:
+            if needed == length:
+                raise
+            self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=needed)
         return self.graph
 
 

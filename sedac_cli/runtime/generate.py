@@ -111,7 +111,7 @@ def generate(
             **sampling,
         )  # fmt: skip
         if out.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(out.device)
         total = time.perf_counter() - began
     new = out[:, width:]
     ends = end_tokens(loaded, options)

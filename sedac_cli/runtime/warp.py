@@ -28,6 +28,21 @@ NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def unusual_setting(loaded: LoadedModel, options: GenerateOptions) -> str | None:
+    """What the model's generation config holds that changes logits in another way than temperature, cuts and repetitions."""
+    config = loaded.model.generation_config
+    for name, values in (NEUTRAL | NEUTRAL_SAMPLING if options.temperature else NEUTRAL).items():
+        if getattr(config, name, None) not in values:
+            return f"the generation settings of {loaded.identity.ref} hold {name} = {getattr(config, name)}"
+    return None
+
+
+def repetition_penalty(loaded: LoadedModel) -> float:
+    """The model's own; 1 where it has none."""
+    found = getattr(loaded.model.generation_config, "repetition_penalty", None)
+    return 1.0 if found is None else float(found)
+
+
 class Warp:
     """Scores of [N, V] logits; `greedy` takes their argmax, sampling their softmax."""
 
@@ -39,17 +54,11 @@ class Warp:
             TopPLogitsWarper,
         )
 
-        config = loaded.model.generation_config
         self.greedy = options.temperature == 0
-        for name, values in (NEUTRAL if self.greedy else NEUTRAL | NEUTRAL_SAMPLING).items():
-            if getattr(config, name, None) not in values:
-                raise InputError(
-                    f"the generation settings of {loaded.identity.ref} hold {name} = {getattr(config, name)}, "
-                    "which drafts cannot be judged under",
-                    hint="generate without --lossless",
-                )
-        penalty = getattr(config, "repetition_penalty", None)
-        self.penalty: Any = RepetitionPenaltyLogitsProcessor(penalty) if penalty not in (None, 1.0) else None
+        if setting := unusual_setting(loaded, options):
+            raise InputError(f"{setting}, which drafts cannot be judged under", hint="generate without --lossless")
+        penalty = repetition_penalty(loaded)
+        self.penalty: Any = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None
         self.warpers: list[Any] = []
         if not self.greedy:
             if options.temperature != 1.0:

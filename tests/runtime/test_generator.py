@@ -71,7 +71,7 @@ def test_what_auto_cannot_have_is_asked_for_once(tiny, monkeypatch):
         found, used = texts(["the sea"], OPTIONS)
         assert (used.name, used.notes) == ("eager", ["the graph engine could not serve this: no room"])
         assert found.new_tokens == 6
-    assert len(asked) == 1
+    assert [one["max_length"] for one in asked] == [128, 11]  # with room to spare, without, and not again
     texts.engine = "graph"
     texts.refused.clear()
     with pytest.raises(InputError, match="no room"):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sedac_cli.errors import InputError
 from sedac_cli.runtime.graph.ops import TwinOps
-from sedac_cli.runtime.graph.standard import Linear
+from sedac_cli.runtime.graph.standard import Linear, NotStandardError
 from sedac_cli.runtime.graph.standins import LinearStandIns
 from sedac_cli.standins import ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
@@ -80,5 +79,5 @@ def test_none_and_unknown_kinds():
         def cost_per_token(self, layer):
             return 0.0
 
-    with pytest.raises(InputError, match="kind Other"):
+    with pytest.raises(NotStandardError, match="kind Other"):
         LinearStandIns(Other(), torch.float32, CPU)

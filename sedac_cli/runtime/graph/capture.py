@@ -1,11 +1,13 @@
 """Capturing a decode step into a CUDA graph, and what may keep a machine or a model from it, said in the user's terms.
 
-replay = captured(once=step, work=burst, name="Qwen2ForCausalLM")
+with on(model.device):
+    replay = captured(once=step, work=burst, name="Qwen2ForCausalLM")
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import re
 from collections.abc import Callable, Iterator
@@ -22,9 +24,20 @@ EAGER = "--engine eager (of sedac serve: --backend eager)"
 SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Streams, events and graphs are those of the thread's current device, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _stream_of(index: int) -> torch.cuda.Stream:
+    """torch would capture on a stream of whichever device it first captured on."""
+    return torch.cuda.Stream(index)
+
+
 def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> Callable[[], None]:
-    """`work` as a CUDA graph, after two rounds of `once` that let every library set itself up. The graph keeps addresses alone:
-    tensors that `work` reads and did not make are the caller's to hold for as long as the replay."""
+    """`work` as a CUDA graph of the current device, after two rounds of `once` that let every library set itself up. The graph
+    keeps addresses alone: tensors that `work` reads and did not make are the caller's to hold for as long as the replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     try:
@@ -39,7 +52,8 @@ def captured(once: Callable[[], None], work: Callable[[], None], name: str) -> C
             gc.collect()
             gc.disable()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="relaxed"), constants:
+                stream = _stream_of(torch.cuda.current_device())
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"), constants:
                     work()
             finally:
                 gc.enable()

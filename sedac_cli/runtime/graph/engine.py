@@ -10,12 +10,13 @@ measured to be the model's own; any other through its own code, and `notes` says
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,23 +26,26 @@ from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, end_tokens
 from sedac_cli.runtime.graph.agreement import LONG, SHORT, Gap, own_step
-from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, require_graphs, require_served
+from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, on, require_graphs, require_served
 from sedac_cli.runtime.graph.describe import describe
 from sedac_cli.runtime.graph.fused import FusedStep, TooManyRowsError
 from sedac_cli.runtime.graph.generic import GenericStep, refuse
 from sedac_cli.runtime.graph.ops import KernelOps, Ops, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
-from sedac_cli.runtime.graph.rotation import check_rotation, last_place
+from sedac_cli.runtime.graph.rotation import check_rotation, last_place, refuse_recomputing
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
 from sedac_cli.runtime.graph.state import Burst, KVCache, State, cache_layers
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import Pass, skipping
+from sedac_cli.runtime.warp import repetition_penalty, unusual_setting
 from sedac_cli.standins import ZeroStandIn
 
 log = logging.getLogger("sedac")
 
 BURST = 8
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -58,6 +62,18 @@ class Run:
     decode_seconds: float
     replays: int
     steps: int = field(default=0)
+
+
+def on_its_device(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of the engine, which may be called with another device current."""
+
+    @functools.wraps(method)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        engine: Any = args[0]
+        with on(engine.device):
+            return method(*args, **kwargs)
+
+    return there
 
 
 class Listener(Protocol):
@@ -212,13 +228,21 @@ class GraphEngine:
             self.stops[ends] = torch.tensor(ends, dtype=torch.long, device=self.device)
         return self.stops[ends]
 
+    def _penalised(self) -> bool:
+        """Whether the model's generation settings hold a penalty of repetitions; there is then room for what it asks for."""
+        if repetition_penalty(self.loaded) == 1.0:
+            return False
+        self.settings.remember(self.batch, self.loaded.decoder.vocab_size)
+        return True
+
     def _graph(
         self, options: GenerateOptions, ends: tuple[int, ...], pad: int, steps: int
     ) -> tuple[Callable[[], None], Burst]:
-        key = ((chooser_key(options), ends), steps)
+        penalised = self._penalised()
+        key = ((chooser_key(options, penalised), ends), steps)
         if key in self.graphs:
             return self.graphs[key]
-        choose, stop = make_chooser(options, self.settings), self._stop(ends)
+        choose, stop = make_chooser(options, self.settings, penalised), self._stop(ends)
         into = Burst.empty(steps, self.batch, self.loaded.decoder.num_layers, self.device)
 
         def work() -> None:
@@ -227,19 +251,24 @@ class GraphEngine:
 
         replay: Callable[[], None] = work
         if self.capture:
-            # What a capture runs on must not be what a user's sequence lives in: state and cache are loaded afterwards.
+            # What a capture runs on must not be what a user's sequence lives in: state and cache are loaded afterwards. Rows that
+            # have ended: what they would do must teach no gate.
             self.state.reset()
+            self.state.finished.fill_(True)
             replay = captured(
                 lambda: self._one_step(choose, stop, pad, into, 0), work, type(self.loaded.model).__name__
             )
         self.graphs[key] = (replay, into)
         return self.graphs[key]
 
+    @on_its_device
     @torch.inference_mode()
     def prepare(
         self, options: GenerateOptions, ends: tuple[int, ...] = (), pad: int = 0
     ) -> dict[int, tuple[Callable[[], None], Burst]]:
         """The graphs such a call replays, by their steps; those that are missing are captured."""
+        if setting := unusual_setting(self.loaded, options):
+            raise InputError(f"{setting}, which the graph engine does not apply", hint=EAGER)
         sizes = [size for size in (self.burst, 1) if options.max_new_tokens > size]
         return {size: self._graph(options, ends, pad, size) for size in sizes}
 
@@ -285,6 +314,7 @@ class GraphEngine:
         state.first[:rows] = width - mask.sum(dim=1)
         state.tokens[:rows] = first
 
+    @on_its_device
     @torch.inference_mode()
     def run(
         self,
@@ -308,20 +338,22 @@ class GraphEngine:
                 "engine's cache",
                 hint=f"--max-length {width + options.max_new_tokens} or fewer new tokens",
             )
+        refuse_recomputing(self.loaded, width, options.max_new_tokens)
         steps = options.max_new_tokens - 1
         graphs = self.prepare(options, ends, pad)
         torch.manual_seed(options.seed)
-        self.settings.set(options)
+        self.settings.set(options, repetition_penalty(self.loaded))
+        self.settings.begin(ids, mask)
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        choice = make_chooser(options, self.settings)(logits, TwinOps())
+        choice = make_chooser(options, self.settings, self._penalised())(logits, TwinOps())
         token = choice.token
         self._load(ids, mask, prompt, token)
         if ends:
             self.state.finished[:rows] = (token.unsqueeze(1) == self._stop(ends)).any(dim=1)
-        if on_tokens is not None:
-            on_tokens(token.unsqueeze(0).cpu())
+        if on_tokens is not None and on_tokens(token.unsqueeze(0).cpu()):
+            steps = 0
         if listener is not None and listener.prompt(seen, token, choice.entropy, choice.logprob):
             steps = 0
         self._sync()
@@ -374,7 +406,7 @@ class GraphEngine:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def _sync(self) -> None:

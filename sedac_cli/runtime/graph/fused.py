@@ -65,7 +65,7 @@ class FusedStep:
         """h += MLP, or the stand-in, in place."""
         scale, need = self.program.scale(index), entry.need
         if scale is not None and need is not None:
-            self.blend(index, layer, entry, h, scale)
+            self.blend(index, layer, entry, h, scale, need)
         elif need is None or self.either is None:
             self.run(layer, entry, h, need, self.standins.instead(index) if need is not None else NEITHER)
         else:
@@ -84,14 +84,14 @@ class FusedStep:
         if index in self.standins:
             self.standins(self.ops, index, entry.x, h, residual=h, norm=entry.norm)
 
-    def blend(self, index: int, layer: Layer, entry: Entry, h: Tensor, scale: Tensor) -> None:
-        """h += scale * MLP + (1 - scale) * stand-in; the MLP only where a row has a scale above 0."""
+    def blend(self, index: int, layer: Layer, entry: Entry, h: Tensor, scale: Tensor, need: Tensor) -> None:
+        """h += scale * MLP + (1 - scale) * stand-in; the MLP only where a row has a scale above 0. Rows of scale 0 then get it too."""
         y = torch.zeros_like(h)
-        if self.either is None or entry.need is None:
-            self.run(layer, entry, y, entry.need)
+        if self.either is None:
+            self.run(layer, entry, y, need)
         else:
-            self.either(entry.need, lambda: self.run(layer, entry, y))
-        weight = scale.unsqueeze(1).to(h.dtype)
+            self.either(need, lambda: self.run(layer, entry, y))
+        weight = torch.where(scale == 0, need, scale).unsqueeze(1).to(h.dtype)
         other = torch.zeros_like(h)
         self.instead(index, entry, other)
         h.add_(weight * y + (1 - weight) * other)

@@ -24,7 +24,8 @@ from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.capture import EAGER
 from sedac_cli.runtime.graph.programs import Program
 from sedac_cli.runtime.graph.state import KVCache, State
-from sedac_cli.standins import StandIn
+from sedac_cli.standins import StandIn, ZeroStandIn
+from sedac_cli.standins.lowrank import LowRankStandIns
 from sedac_cli.structure import Branch
 
 
@@ -124,7 +125,7 @@ class GenericStep:
                 x, need = memory["x"], memory["need"]
                 out = torch.zeros_like(x)
                 self.either(need, lambda: out.copy_(forward(z)), self._standin(branch.layer, x, out))
-                return out
+                return self._blended(branch.layer, x, out, torch.zeros_like(x))
 
             return run
 
@@ -136,7 +137,8 @@ class GenericStep:
         def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             need = self.program.decide_on(layer, x.flatten(0, -2))
             assert need is not None
-            out = (kwargs["residual"] if "residual" in kwargs else args[0]).clone() if adds else torch.zeros_like(x)
+            start = (kwargs["residual"] if "residual" in kwargs else args[0]) if adds else torch.zeros_like(x)
+            out = start.clone()
             beside = [torch.zeros_like(part) for part in extras or []]
 
             def work() -> None:
@@ -144,29 +146,33 @@ class GenericStep:
                 for to, part in zip([out, *beside], [y] if extras is None else y, strict=True):
                     to.copy_(part.view(to.shape))
 
-            def whole(rows: Tensor) -> Any:
-                return rows if extras is None else (rows, *beside)
-
             self.either(need, work, self._standin(layer, x, out))
-            scale = self.program.scale(layer)
-            if scale is None:
-                return whole(out)
-            other = torch.zeros_like(x)
-            if (instead := self._standin(layer, x, other)) is not None:
-                instead()
-            weight = scale.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-            return whole(torch.where(weight == 0, out, weight * out + (1 - weight) * other))
+            out = self._blended(layer, x, out, start)
+            return out if extras is None else (out, *beside)
 
         return run
 
+    def _blended(self, layer: int, x: Tensor, out: Tensor, start: Tensor) -> Tensor:
+        """`out` under a gate that decides; under one that blends, its share of it beside the stand-in's. `start`: what both begin
+        with. Rows of scale 0 get what there is: the stand-in, or the MLP that another row needs."""
+        scale = self.program.scale(layer)
+        if scale is None:
+            return out
+        other = start.clone()
+        if (instead := self._standin(layer, x, other)) is not None:
+            instead()
+        weight = scale.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+        return torch.where(weight == 0, out, weight * out + (1 - weight) * other)
+
     def _standin(self, layer: int, x: Tensor, out: Tensor) -> Callable[[], Any] | None:
-        if not self.standin.cost_per_token(layer):
+        # Exactly these two cost nothing where they add nothing; one of another kind is asked.
+        if type(self.standin) in (ZeroStandIn, LowRankStandIns) and not self.standin.cost_per_token(layer):
             return None
 
         def work() -> None:
             y = self.standin.rows(layer, x.flatten(0, -2))
-            assert y is not None
-            out.add_(y.view(out.shape))
+            if y is not None:
+                out.add_(y.view(out.shape))
 
         return work
 

@@ -246,7 +246,8 @@ def _norm(module: Any, what: str) -> Norm:
     normal = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     found = module(x.to(weight.dtype)).float()
     tolerance = 1e-4 if weight.dtype == torch.float32 else 0.05
-    for plus_one in (False, True):
-        if torch.allclose(found, normal * (weight.float() + plus_one), rtol=tolerance, atol=tolerance):
-            return Norm(weight, eps, plus_one)
+    made = {plus_one: normal * (weight.float() + plus_one) for plus_one in (False, True)}
+    nearer = min(made, key=lambda plus_one: float((found - made[plus_one]).norm()))  # large weights: both may be near
+    if torch.allclose(found, made[nearer], rtol=tolerance, atol=tolerance):
+        return Norm(weight, eps, nearer)
     raise NotStandardError(f"{what}, a {type(module).__name__}, does not compute an RMSNorm")

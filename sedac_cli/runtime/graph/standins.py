@@ -15,9 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sedac_cli.errors import InputError
 from sedac_cli.gpu.skinny import Other, Others
-from sedac_cli.runtime.graph.standard import Linear, Norm
+from sedac_cli.runtime.graph.standard import Linear, Norm, NotStandardError
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 
@@ -33,8 +32,9 @@ class HasLinear(Protocol):
 
 class LinearStandIns:
     def __init__(self, standin: StandIn, dtype: torch.dtype, device: torch.device):
-        if not isinstance(standin, ZeroStandIn | LowRankStandIns):
-            raise InputError(f"the decode kernels cannot run stand-ins of kind {type(standin).__name__}")
+        # Exactly these two: one that derives from them may compute something else.
+        if type(standin) not in (ZeroStandIn, LowRankStandIns):
+            raise NotStandardError(f"the decode kernels cannot run stand-ins of kind {type(standin).__name__}")
         by_layer = standin.by_layer if isinstance(standin, LowRankStandIns) else {}
         self.pairs = {layer: pair(module, dtype, device) for layer, module in by_layer.items()}
 
