@@ -195,6 +195,42 @@ def test_each_of_a_batch_ends_where_eager_ends_it(single, monkeypatch, spec):
     assert len({len(row) for row in found}) > 1
 
 
+@pytest.mark.parametrize("batch", [1, 8, 40])
+@pytest.mark.parametrize("spec", ["never", "always:2"])
+def test_a_penalty_of_repetitions_is_eagers(single, monkeypatch, batch, spec):
+    """Two calls of one engine: what the first has seen is forgotten."""
+    plain = tokens(engine_of(single, spec, batch=batch).generate(PROMPTS[:batch], OPTIONS))
+    monkeypatch.setattr(single.model.generation_config, "repetition_penalty", 1.3)
+    plan, engine = make_plan(spec, single.decoder), engine_of(single, spec, batch=batch)
+    expected = [tokens(generate(single, plan.gate, [prompt], OPTIONS))[0] for prompt in PROMPTS[:batch]]
+    for _ in range(2):
+        assert tokens(engine.generate(PROMPTS[:batch], OPTIONS)) == expected
+    assert expected != plain
+
+
+def test_a_penalty_in_the_kernels_path(half, monkeypatch):
+    monkeypatch.setattr(half.model.generation_config, "repetition_penalty", 4.0)
+    engine = engine_of(half, batch=3)
+    assert engine.path == "fused"
+    for row in tokens(engine.generate(PROMPTS[:3], OPTIONS)):
+        assert len(set(row)) > 0.9 * len(row), row  # random weights repeat themselves without one
+    drawn = GenerateOptions(max_new_tokens=30, temperature=0.7, seed=1, ignore_eos=True)
+    assert tokens(engine.generate(PROMPTS[:3], drawn)) == tokens(engine.generate(PROMPTS[:3], drawn))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device: there is no other to be current")
+@pytest.mark.parametrize(("dtype", "batch"), [("bfloat16", 1), ("bfloat16", 12), ("bfloat16", 40), ("float32", 2)])
+def test_another_device_than_the_current_one(folder, dtype, batch):
+    here, there = (load_model(ModelSpec(ref=str(folder), device=f"cuda:{index}", dtype=dtype)) for index in range(2))
+    for name in ("always", "learned"):
+        made = [engine_of(loaded, plans(loaded)[name], batch=batch) for loaded in (here, there)]
+        first, second = (engine.generate(PROMPTS[:batch], OPTIONS) for engine in made)
+        assert torch.cuda.current_device() == 0
+        assert tokens(first) == tokens(second)
+        assert [[t.skipped for t in row] for row in first.tokens] == [[t.skipped for t in row] for row in second.tokens]
+        assert len({t for row in tokens(second) for t in row}) > 3, "the same few tokens: nothing was replayed"
+
+
 def test_sampling_differs_by_seed_and_repeats_by_seed(half):
     engine = engine_of(half)
 
