@@ -143,7 +143,10 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #endif
   release();
   int seen = need && (standing == 0 || (RACES && threadIdx.x == 0)) ? *flag : PENDING;
-  instead |= !RACES && need && standing == 0 && closed(seen);
+#define STOPPED (!RACES && need && standing == 0 && closed(seen))
+#if OTHER && !GATED
+  instead |= STOPPED;  // which columns of x are read hangs on it; elsewhere nobody waits for the flag yet
+#endif
   // What the last lines of an item add is asked for here: from memory it would hold up the end.
   float last_bias[MT] = {}, last_residual[MT] = {};
 #if AHEAD
@@ -213,6 +216,9 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(wrapped(step), x_ahead[step]);
+#if !OTHER || GATED
+  instead |= STOPPED;
+#endif
   if (!OTHER && instead) {
     copy_async_wait<0>();
     return;
