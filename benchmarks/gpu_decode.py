@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 from cases import router_of  # noqa: E402
 from gpu_kernels import copy  # noqa: E402
 from gpu_timing import Bench, buffers, each, table  # noqa: E402
+from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.gpu import compile  # noqa: E402
 from sedac_cli.gpu.decode import (  # noqa: E402
@@ -231,6 +232,7 @@ def main() -> int:
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cupy": cupy.__version__}
     facts = {
         "command": " ".join(sys.argv),
+        "kernels": fingerprint(),
         "machine": machine,
         "copy_gb_per_s": bench.bandwidth,
         "read_gb_per_s": bench.read_bandwidth,

@@ -20,6 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from kernel_sources import fingerprint  # noqa: E402
+
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.probes import LREProbe  # noqa: E402
@@ -211,6 +213,7 @@ def main() -> int:
     facts = {
         "what": f"shape of {chosen.shape}, random weights: speed only", "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__, "read_bytes_per_s": bandwidth, "context": chosen.context, "command": " ".join(sys.argv),
+        "kernels": fingerprint(),
         "cases": [],
     }  # fmt: skip
     for batch in map(int, chosen.batch.split(",")):

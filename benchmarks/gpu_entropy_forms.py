@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu")]
 from cases import CONFIDENCE, ENTROPY_BITS  # noqa: E402
 from gpu_timing import buffers, recorded, timed  # noqa: E402
+from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.gpu import entropy, reference  # noqa: E402
 from sedac_cli.gpu.entropy import FEW, MANY, WARPS, Form, cut, cut_of, fused_entropy  # noqa: E402
@@ -80,7 +81,12 @@ def main() -> int:
                 samples[name].setdefault(str(rows), []).append(taken)
     for name, by_rows in samples.items():
         print(f"{name:32}", ", ".join(f"{rows}: {statistics.median(x):.2f}" for rows, x in by_rows.items()), flush=True)
-    facts = {"command": " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "vocabulary": VOCAB}
+    facts = {
+        "command": " ".join(sys.argv),
+        "gpu": torch.cuda.get_device_name(),
+        "vocabulary": VOCAB,
+        "kernels": fingerprint(),
+    }
     chosen.out.write_text(json.dumps(facts | {"microseconds": samples}, indent=1))
     return 0
 

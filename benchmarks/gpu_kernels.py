@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")
 
 from cases import Probe, router_of  # noqa: E402
 from gpu_timing import BEGAN, ROTATE, Bench, Line, buffers, each, launched, table, timed  # noqa: E402
+from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.gpu import compile, reference  # noqa: E402
 from sedac_cli.gpu.conditional import ConditionalGraph  # noqa: E402
@@ -301,7 +302,9 @@ def ratios(lines: Sequence[Line], read_bandwidth: float) -> None:
 def shown(path: Path) -> int:
     facts = json.loads(path.read_text())
     lines = [Line(**line) for line in facts["microseconds"]]
-    print(f"{facts['command']}\n{facts['machine']}")
+    kernels = facts.get("kernels")
+    state = "not recorded" if kernels is None else "as here" if kernels == fingerprint() else "others than here"
+    print(f"{facts['command']}\n{facts['machine']}; kernels: {state}")
     print(f"copy {facts['copy_gb_per_s']:.0f} GB/s, read alone {facts['read_gb_per_s']:.0f} GB/s")
     table(lines)
     ratios(lines, facts["read_gb_per_s"])
@@ -350,6 +353,7 @@ def main() -> int:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {
         "command": " ".join(sys.argv),
+        "kernels": fingerprint(),
         "machine": machine,
         "copy_gb_per_s": bench.bandwidth,
         "read_gb_per_s": bench.read_bandwidth,

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kernel_sources import fingerprint
 from torch import Tensor
 
 from sedac_cli.gpu.compile import _stream as stream_of
@@ -236,6 +237,7 @@ def main() -> None:
     bench = Bench(args.layers, args.width, args.inner)
     document: dict[str, Any] = {
         "command": vars(args) | {"out": str(args.out)}, "device": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "kernels": fingerprint(),
         "unit": "us per MLP", "weights": "random", "samples": [], "failed": {},
     }  # fmt: skip
     shares = {"on": 0, "quarter off": 4, "half off": 2, "off": 1}

@@ -19,6 +19,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from kernel_sources import fingerprint  # noqa: E402
+
 from sedac_cli.runtime import skip  # noqa: E402
 from sedac_cli.runtime.skip import skipping  # noqa: E402
 from sedac_cli.shapes import shaped_model  # noqa: E402
@@ -39,6 +41,7 @@ def main() -> int:
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if chosen.device == "cuda" else "none",
         "command": " ".join(sys.argv),
+        "kernels": fingerprint(),
         "rows": [],
     }
     for length in map(int, chosen.lengths.split(",")):

@@ -18,6 +18,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from kernel_sources import fingerprint  # noqa: E402
+
 from sedac_cli.config import ModelSpec  # noqa: E402
 from sedac_cli.models import load_model  # noqa: E402
 from sedac_cli.runtime.generate import GenerateOptions, generate  # noqa: E402
@@ -83,7 +85,15 @@ def main() -> int:
         for gate in chosen.gates.split(",")
     ]
     chosen.out.write_text(
-        json.dumps({"command": " ".join(sys.argv), "gpu": torch.cuda.get_device_name(), "lines": lines}, indent=1)
+        json.dumps(
+            {
+                "command": " ".join(sys.argv),
+                "gpu": torch.cuda.get_device_name(),
+                "kernels": fingerprint(),
+                "lines": lines,
+            },
+            indent=1,
+        )
     )
     return 0
 
