@@ -128,10 +128,8 @@ def fused_entropy(logits: Tensor, out: Entropy | None = None) -> Entropy:
 
 def linear_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], vocab: int) -> Entropy:
     """`fused_entropy` of `head(hidden)` for [N, H] rows; the logits of more than one chunk never exist at once."""
-    rows, least = (
-        Rows.of(hidden, "hidden"),
-        HEAD_BYTES // (4 * MAX_ROWS),
-    )  # shorter logits are too many rows for one launch
+    rows = Rows.of(hidden, "hidden")
+    least = HEAD_BYTES // (4 * MAX_ROWS)  # of shorter logits a chunk would be more rows than a launch takes
     return by_chunk(hidden, head, row_chunks(rows.count, max(vocab, least), HEAD_BYTES), fused_entropy)
 
 

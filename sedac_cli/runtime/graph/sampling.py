@@ -32,7 +32,7 @@ class Settings:
     top_p: Tensor
     penalty: Tensor
     seen: Tensor | None = None
-    """[rows, vocabulary]: the tokens of each sequence so far, where a penalty asks for them."""
+    """[rows, vocabulary + 1]: the tokens of each sequence so far, where a penalty asks for them; the last is for ids without logits."""
 
     @classmethod
     def on(cls, device: torch.device) -> Settings:
@@ -47,13 +47,14 @@ class Settings:
     def remember(self, rows: int, vocab: int) -> None:
         """Room for what a penalty asks for; graphs keep its address, so it stays."""
         if self.seen is None:
-            self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=self.penalty.device)
+            self.seen = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=self.penalty.device)
 
     def begin(self, ids: Tensor, mask: Tensor) -> None:
         """What new sequences begin with: their prompts, padded on the left; the padding is none of them."""
         if self.seen is not None:
             self.seen.zero_()
-            self.seen[: ids.shape[0]].scatter_(1, torch.where(mask.bool(), ids, ids[:, -1:]), True)
+            known = torch.where(mask.bool(), ids, ids[:, -1:]).clamp_max(self.seen.shape[1] - 1)
+            self.seen[: ids.shape[0]].scatter_(1, known, True)
 
 
 def chooser_key(options: GenerateOptions, penalised: bool) -> tuple[bool, bool, int, bool]:
@@ -73,7 +74,7 @@ def make_chooser(options: GenerateOptions, settings: Settings, penalised: bool) 
 
     def choose(logits: Tensor, ops: Ops) -> Choice:
         seen = settings.seen[: logits.shape[0]] if penalised and settings.seen is not None else None
-        scores = logits if seen is None else repeated(logits, seen, settings.penalty)
+        scores = logits if seen is None else repeated(logits, seen[:, :-1], settings.penalty)
         found = ops.entropy(scores)
         token = draw(scores) if drawn else found.argmax
         if seen is not None:

@@ -98,13 +98,13 @@ class KVCache:
             )
 
     def load(self, prompt: list[tuple[Tensor, Tensor]], width: int) -> None:
-        """What the prompt pass left; a layer with a window may have kept only its end. Places behind it are cleared: what a mask
-        leaves out is added with weight 0, and 0 times a NaN of the last call would be one."""
+        """What the prompt pass left; a layer with a window may have kept only its end. All else is cleared: what a mask leaves
+        out is added with weight 0, and 0 times a NaN of the last call would be one."""
         for (keys, values), (key, value) in zip(self.layers, prompt, strict=True):
             for to, source in ((keys, key), (values, value)):
                 kept = source.shape[2]
+                to.zero_()
                 to[: source.shape[0], :, width - kept : width].copy_(source)
-                to[:, :, width:].zero_()
 
 
 @torch.inference_mode()
