@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from kernel_sources import fingerprint  # noqa: E402
 
-from sedac_cli.runtime import skip  # noqa: E402
+from sedac_cli.runtime import on_device  # noqa: E402
 from sedac_cli.runtime.skip import skipping  # noqa: E402
 from sedac_cli.shapes import shaped_model  # noqa: E402
 
@@ -52,7 +52,7 @@ def main() -> int:
                 for way, least in (("host", 1 << 30), ("device", 1)):
                     if gate == "never" and way == "device":
                         continue
-                    skip.PACK_FROM = least
+                    on_device.PACK_FROM = least
                     with torch.inference_mode(), skipping(loaded.model, gate, decoder=loaded.decoder):
                         if chosen.device == "cuda":
                             torch.cuda.synchronize()

@@ -76,12 +76,20 @@ class Gate:
     """Which of two thresholds is the stricter one; None: the rule has none."""
     floor = 0.0
     """Scales at or below this count as 0: the MLP is not run."""
+    decides = False
+    """True in a class whose own rule gives 0 or 1 and nothing between. One that derives from it may have another rule, and says it
+    again if it has not."""
 
     def __init__(self, num_layers: int, guards: Guards | None = None):
         if num_layers < 1:
             raise UsageError(f"a gate for {num_layers} layers")
         self.num_layers = num_layers
         self.guards = guards or Guards()
+
+    @property
+    def blends(self) -> bool:
+        """Whether a scale may lie between 0 and 1, so that MLP and stand-in are both needed."""
+        return not type(self).__dict__.get("decides", False)
 
     def reads(self, layer: int) -> bool:
         """Whether the rule looks at the hidden state of this layer; elsewhere `hidden` may be None."""

@@ -31,6 +31,7 @@ class CascadeGate(ProbeGate):
     """
 
     name = "cascade"
+    decides = True
     summary = "a probe at each checkpoint; the first whose risk is under its threshold ends all later MLPs"
     form = "cascade:sedac_data/thresholds.json"
     options = (
@@ -74,6 +75,7 @@ class FixedGate(CascadeGate):
     """One probe at one layer: risk < t latches."""
 
     name = "fixed"
+    decides = True
     summary = "one probe at one layer; a risk under the threshold ends all later MLPs"
     form = "fixed:sedac_data/thresholds.json"
 

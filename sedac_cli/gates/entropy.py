@@ -38,6 +38,7 @@ class EntropyGate(Gate):
     """
 
     name = "entropy"
+    decides = True
     summary = "a logit-lens entropy, the change of the state and the depth decide for the layers up to the next check"
     form = "entropy:mean=6,sd=2,threshold=0.7"
     options = (

@@ -49,6 +49,7 @@ class LearnedGate(Gate):
     """scale_l = 0 where router_l(x_l) > threshold, x_l the input of the MLP of layer l; layers without router run."""
 
     name = "learned"
+    decides = True
     summary = "a router per layer on the MLP's input, trained together with stand-ins by `sedac distill`"
     form = "learned:sedac_data/sedac_gates.pth@0.25"
     options = (

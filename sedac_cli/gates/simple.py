@@ -19,6 +19,7 @@ class NeverGate(Gate):
     """scale = 1 everywhere: the model untouched."""
 
     name = form = "never"
+    decides = True
     summary = "every MLP runs; bit-identical to the stock model"
     trivial = True
 
@@ -33,6 +34,7 @@ class AlwaysGate(Gate):
     """scale = 0 for every layer >= `layer`."""
 
     name = "always"
+    decides = True
     summary = "every MLP from layer l on is skipped, for every token"
     form = "always:14"
     options = (Option("layer", int, REQUIRED, "the first layer whose MLP is skipped", 0),)
@@ -57,6 +59,7 @@ class RandomGate(Gate):
     """scale = 0 with probability p, an independent coin per token and layer: the control every rule must beat."""
 
     name = "random"
+    decides = True
     summary = "each MLP of each token is skipped with probability p"
     form = "random:0.3"
     options = (Option("probability", float, REQUIRED, "chance that a token skips a layer's MLP", 0, 1),)

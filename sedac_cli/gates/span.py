@@ -25,6 +25,7 @@ class SpanGate(Gate):
     """scale = 0 in the layers of the span where the inner gate's scale at the first of them is 0; 1 elsewhere."""
 
     name = "ghost"
+    decides = True
     summary = "tokens skip whole layers, attention included; ghost K and V stand for them"
     form = "ghost:sedac_data/ghost_kv.pth@random:0.3"
 

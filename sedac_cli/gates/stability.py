@@ -28,6 +28,7 @@ class StabilityGate(Gate):
     """
 
     name = "stability"
+    decides = True
     summary = "k layers in a row whose entering states have cosine > tau end all later MLPs; needs no training"
     form = "stability:tau=0.95,k=3,min_layer=4"
     options = (

@@ -37,6 +37,10 @@ class Recorder(Gate):
         self.values: dict[int, Tensor] = {}
         self.kind: str | None = None
 
+    @property
+    def blends(self) -> bool:
+        return self.inner.blends
+
     def reads(self, layer: int) -> bool:
         return self.inner.reads(layer)
 

@@ -9,6 +9,7 @@ Always true: what is asked for by name runs or is refused; only `auto` falls bac
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sedac_cli.runtime.graph import GraphEngine
 
 ENGINES = ("auto", "eager", "graph")
+COULD_NOT = "the graph engine could not serve this: "
 SHORTEST = 256
 """Places of a cache that is to serve more than one call."""
 
@@ -72,6 +74,8 @@ class Generator:
         self.graph: GraphEngine | None = None
         self.refused: dict[tuple[int, int], str] = {}
         """Batches and lengths that `auto` need not try again, and why."""
+        self.too_long: set[tuple[int, int]] = set()
+        """Batches and lengths with room to spare that were refused."""
 
     def __call__(self, prompts: list[str], options: GenerateOptions) -> tuple[Generated, Used]:
         if self.eager:
@@ -80,7 +84,7 @@ class Generator:
         check_room(self.loaded, width, options.max_new_tokens)  # before there is a cache of that size
         needed = width + options.max_new_tokens
         size = len(prompts), self._length(needed)
-        note = self.refused.get(size)
+        note = self.refused.get(size) or self._refused_call(width, options)
         if note is None:
             try:
                 graph = self._graph(*size, needed)
@@ -88,8 +92,20 @@ class Generator:
             except InputError as error:
                 if self.engine == "graph":
                     raise
-                note = self.refused[size] = f"the graph engine could not serve this: {error}"
+                note = self.refused[size] = COULD_NOT + str(error)
         return self._eagerly(prompts, options), Used("eager", notes=[note])
+
+    def _refused_call(self, width: int, options: GenerateOptions) -> str | None:
+        """Why this call alone cannot run there; another one of the same size may."""
+        from sedac_cli.runtime.graph.refusals import refuse_call
+
+        try:
+            refuse_call(self.loaded, width, options)
+        except InputError as error:
+            if self.engine == "graph":
+                raise
+            return COULD_NOT + str(error)
+        return None
 
     def _eagerly(self, prompts: list[str], options: GenerateOptions) -> Generated:
         return generate(self.loaded, self.plan.gate, prompts, options, self.plan.standin, deep=self.deep)
@@ -104,15 +120,17 @@ class Generator:
         """For `length`, or, where that is refused (it may exceed a window that the text does not), for what is needed."""
         from sedac_cli.runtime.graph import GraphEngine
 
-        kept = self.graph
-        if kept is not None and kept.batch == batch and kept.max_length >= needed:
-            return kept
-        self.graph = None  # its cache makes room first
-        try:
-            self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=length)
-        except InputError:
-            if needed == length:
-                raise
+        if self.graph is not None and self.graph.batch == batch and self.graph.max_length >= needed:
+            return self.graph
+        self.graph = None
+        gc.collect()  # its cache makes room first: its graphs and what they replay hold each other
+        if length > needed and (batch, length) not in self.too_long:
+            try:
+                self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=length)
+            except InputError:
+                self.too_long.add((batch, length))
+            gc.collect()
+        if self.graph is None:
             self.graph = GraphEngine(self.loaded, self.plan, batch=batch, max_length=needed)
         return self.graph
 

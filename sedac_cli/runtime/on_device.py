@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sedac_cli.gates.base import Gate
-from sedac_cli.gates.soft import SoftGate
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 from sedac_cli.structure import Branch
@@ -27,6 +26,12 @@ log = logging.getLogger("sedac")
 
 PACK_FROM = 2048
 """Rows from which a GPU packs them itself (grouped products that end at a count on the device): nobody waits for the host."""
+
+
+def may_pack(rows: Tensor) -> bool:
+    """Many rows, of the kind the kernels take, and nobody who wants gradients of them or has them cast on their way."""
+    plain = rows.is_cuda and rows.dtype == torch.bfloat16 and rows.shape[0] >= PACK_FROM
+    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class OnDevice:
         module = standin.by_layer.get(branch.layer) if isinstance(standin, LowRankStandIns) else None
         # Exactly these two: one that derives from them may want to see the rows it is asked for.
         known = type(standin) in (ZeroStandIn, LowRankStandIns) and (module is None or module.rank % 8 == 0)
-        if not known or isinstance(gate, SoftGate) or branch.entry is not branch.exit:
+        if not known or gate.blends or branch.entry is not branch.exit:
             return None
         from sedac_cli.gpu.packed import PackedMlp
         from sedac_cli.runtime.graph.standard import NotStandardError, activation_of

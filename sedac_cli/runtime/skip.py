@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
 from sedac_cli.runtime.decision import Decision
-from sedac_cli.runtime.on_device import PACK_FROM, OnDevice
+from sedac_cli.runtime.on_device import OnDevice, may_pack
 from sedac_cli.runtime.positions import past_length, positions
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.structure import RESIDUAL, Branch, Decoder, find_decoder
@@ -166,6 +166,7 @@ class _Installed:
 
     @torch.no_grad()
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.state = None  # of a pass that ended in an error
         if self.run.paused:
             return
         self.began = time.perf_counter()
@@ -298,7 +299,7 @@ class _Packed:
             x = args[0] if args else kwargs[first]
             flat, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]
             found = self.installed.decided(self.layer, flat)
-            if found is not None and flat.is_cuda and flat.shape[0] >= PACK_FROM and self.on_device is not None:
+            if found is not None and may_pack(flat) and self.on_device is not None:
                 return self.on_device(flat, found.skips.to(flat.device)).view(x.shape)
             if found is None or found.everyone:
                 out, others = run(None, lead, args, kwargs)

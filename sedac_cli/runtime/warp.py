@@ -28,10 +28,11 @@ NEUTRAL_SAMPLING: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def unusual_setting(loaded: LoadedModel, options: GenerateOptions) -> str | None:
-    """What the model's generation config holds that changes logits in another way than temperature, cuts and repetitions."""
+def unusual_setting(loaded: LoadedModel, sampled: bool) -> str | None:
+    """What the model's generation config holds that changes logits in another way than temperature, cuts and repetitions. `sampled`:
+    by what counts where tokens are drawn, too."""
     config = loaded.model.generation_config
-    for name, values in (NEUTRAL | NEUTRAL_SAMPLING if options.temperature else NEUTRAL).items():
+    for name, values in (NEUTRAL | NEUTRAL_SAMPLING if sampled else NEUTRAL).items():
         if getattr(config, name, None) not in values:
             return f"the generation settings of {loaded.identity.ref} hold {name} = {getattr(config, name)}"
     return None
@@ -55,7 +56,7 @@ class Warp:
         )
 
         self.greedy = options.temperature == 0
-        if setting := unusual_setting(loaded, options):
+        if setting := unusual_setting(loaded, sampled=not self.greedy):
             raise InputError(f"{setting}, which drafts cannot be judged under", hint="generate without --lossless")
         penalty = repetition_penalty(loaded)
         self.penalty: Any = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1.0 else None

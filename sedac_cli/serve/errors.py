@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sedac_cli.errors import ran_out
+from sedac_cli.errors import InputError, ran_out
 
 
 class ApiError(Exception):
@@ -39,4 +39,6 @@ def failed(error: Exception) -> ApiError:
     """What the clients of a batch that failed are told."""
     if what := ran_out(error):
         return ApiError(503, f"the server ran out of {what}: ask for fewer tokens, or later", code="out_of_memory")
+    if isinstance(error, InputError):  # what this engine does not do for this request
+        return ApiError(400, error.message, code="not_served")
     return ApiError(500, f"generation failed: {type(error).__name__}", code="engine_error")

@@ -18,7 +18,6 @@ from sedac_cli.gates.base import TokenState
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.simple import AlwaysGate, RandomGate
-from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu.conditional import ConditionalGraph, Conditions
 from sedac_cli.gpu.probe import MAX_RANK, ProbeWeights, RouterWeights, probe_risk, router_score
 from sedac_cli.vllm.few_rows import FewRows
@@ -55,7 +54,7 @@ class Capture:
         device, gated = session.device, session.gated
         self.place = {layer: i for i, layer in enumerate(gated)}
         self.mode = mode_of(gate)
-        self.blends = isinstance(gate, SoftGate)
+        self.blends = self.gate.blends
         # What one fill sets when a step begins (counters of rows that are there, and flags), then a flag that is always 1.
         marks = torch.ones(2 * len(gated) + 1, dtype=torch.int32, device=device)
         self.all_flags = marks[len(gated) :]
@@ -215,7 +214,9 @@ class Capture:
             assert state is not None
             if layer not in self.session.looks:
                 self.gate.decide(layer, x if self.gate.looks_at == "mlp" else None, state)
-            flag.copy_(((state.scale > 0) & state.real).any())
+            # Rows of a prompt beside `max` are marked as padding so that they do not vote; they ask all the same.
+            there = torch.arange(count, device=x.device) < self.session.inputs.count
+            flag.copy_(((state.scale > 0) & there).any())
         if own is None:
             assert out is not None
             return self.few.run(layer, x, out, flag, None if decided is None else decided.ready)

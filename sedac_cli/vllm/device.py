@@ -24,7 +24,6 @@ from torch import Tensor
 
 from sedac_cli.errors import InputError
 from sedac_cli.gates.base import TokenState
-from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu.route import gather_rows, scatter_rows
 from sedac_cli.vllm.captured import Capture, known_flag, relax_captures
 from sedac_cli.vllm.dense_mlp import DenseMlp
@@ -69,8 +68,8 @@ class DeviceSession(Session):
 
     def no_kernels(self) -> str | None:
         """Why the MLPs cannot be run by our kernels."""
-        if isinstance(self.gate, SoftGate):
-            return "they do not blend as gate 'soft' does"
+        if self.gate.blends:
+            return f"they run an MLP or leave it; gate '{self.gate.name}' may blend it"
         for layer, mlp in self.dense.items():
             if mlp is None:
                 why = "has adapters" if layer in self.adapted else "is not one"
@@ -254,7 +253,7 @@ class DeviceSession(Session):
 
     def by_rows(self, layer: int, x: Tensor, scale: Tensor) -> Tensor:
         """Outside graphs: each row for itself, no host sync. Where rows are not packed all are computed, and nothing is saved."""
-        mlp, soft = self.dense[layer], isinstance(self.gate, SoftGate)
+        mlp, soft = self.dense[layer], self.gate.blends
         packs = self.packs and mlp is not None and x.shape[0] >= PACK_ROWS
         if packs and mlp is not None:
             packed = gather_rows(x, scale)

@@ -19,6 +19,7 @@ class ForcedGate(Gate):
     """scale_l = 0 for l in `off`. The flags are a tensor, so a captured CUDA graph follows a change at its next replay."""
 
     name = "forced"
+    decides = True
     summary = "the MLPs of the named layers are off, for every token: what a rate costs and saves, whoever decides"
     form = "forced:0/4/8"
 

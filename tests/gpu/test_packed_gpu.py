@@ -10,7 +10,7 @@ from conftest import save_tiny, words
 from sedac_cli.config import ModelSpec
 from sedac_cli.gpu.packed import PackedMlp, activate_rows
 from sedac_cli.models import load_model
-from sedac_cli.runtime import skip
+from sedac_cli.runtime import on_device
 from sedac_cli.runtime.skip import skipping
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns
 
@@ -73,11 +73,14 @@ def test_a_prompt_pass_packs_without_the_host(tmp_path, monkeypatch, gate):
         for p in module.parameters():
             torch.nn.init.normal_(p, 0, 0.1)
     ids = loaded.tokenizer(words(160), return_tensors="pt")["input_ids"][:, :600].cuda()
-    logits = {}
+    logits, packed, call = {}, [], PackedMlp.__call__
+    monkeypatch.setattr(PackedMlp, "__call__", lambda mlp, *args: (packed.append(mlp), call(mlp, *args))[1])
     for name, limit in (("packed", 1), ("host", 10**9)):
-        monkeypatch.setattr(skip, "PACK_FROM", limit)
+        monkeypatch.setattr(on_device, "PACK_FROM", limit)
         with torch.inference_mode(), skipping(loaded.model, gate, standin, decoder=loaded.decoder) as run:
             logits[name] = loaded.model(input_ids=ids, use_cache=False).logits.float()
         logits[name + " ratio"] = run.skip_ratio
+        assert bool(packed) == (name == "packed")
+        packed.clear()
     assert logits["packed ratio"] == logits["host ratio"] > 0
     assert float((logits["packed"] - logits["host"]).norm() / logits["host"].norm()) < 0.05

@@ -137,6 +137,35 @@ def test_who_stops_at_the_first_token_gets_no_other(tiny):
     assert (heard, made.new_tokens) == ([1], 1)
 
 
+@pytest.mark.parametrize("prompt", ["sea king grey a a and", *PROMPTS])
+def test_the_only_token_of_a_first_call_is_penalised_too(tiny, prompt):
+    options = GenerateOptions(max_new_tokens=1, ignore_eos=True)
+    for penalty in (1.3, 5.0):
+        tiny.model.generation_config.repetition_penalty = penalty
+        expected = generate(tiny, make_plan("never", tiny.decoder).gate, [prompt], options)
+        assert told(engine_of(tiny).generate([prompt], options)) == told(expected)
+
+
+def test_a_refusal_of_one_call_is_not_the_next_ones(tiny, monkeypatch):
+    monkeypatch.setattr(graph, "GraphEngine", partial(GraphEngine, capture=False))
+    tiny.model.generation_config.min_p = 0.1
+    texts = Generator("auto", tiny, make_plan("never", tiny.decoder))
+    texts.eager = False
+    drawn = GenerateOptions(max_new_tokens=6, temperature=0.7, ignore_eos=True)
+    assert [texts(PROMPTS[:1], o)[1].name for o in (OPTIONS, drawn, OPTIONS)] == ["graph", "eager", "graph"]
+
+
+def test_a_stream_knows_its_requests_sampling_alone(tiny):
+    """As the eager one: a request says how it is drawn, and the model's own settings of sampling are nobody's."""
+    tiny.model.generation_config.min_p = 0.1
+    row = Row(tuple(tiny.tokenizer("the sea")["input_ids"]), max_new_tokens=5, temperature=0.8, ignore_eos=True)
+    heard = []
+    GraphStream(tiny, make_plan("never", tiny.decoder), 100, capture=False)(
+        [row], lambda t: heard.append(t.token) or True
+    )
+    assert len(heard) == 5
+
+
 # What a call leaves to the next ---------------------------------------------------------------------------------------
 
 
@@ -182,8 +211,17 @@ def test_a_cache_that_the_model_begins_anew_is_refused(tmp_path):
         tmp_path, "phi3", max_position_embeddings=128, sliding_window=None, rope_parameters=LONG, original_max_position_embeddings=32
     )  # fmt: skip
     engine, plan = engine_of(loaded), make_plan("never", loaded.decoder)
-    with pytest.raises(InputError, match="whole cache anew where a text exceeds 32 tokens"):
+    with pytest.raises(InputError, match="whole cache anew where a text exceeds 33 tokens"):
         engine.generate(["the sea was in"], GenerateOptions(max_new_tokens=40, ignore_eos=True))
+    width = len(loaded.tokenizer("the sea was in")["input_ids"])
+    for new, served in ((33 - width, True), (34 - width, False)):  # the last token is never read
+        options = GenerateOptions(max_new_tokens=new, ignore_eos=True)
+        expected = told(generate(loaded, plan.gate, ["the sea was in"], options))
+        if served:
+            assert told(engine.generate(["the sea was in"], options)) == expected
+        else:
+            with pytest.raises(InputError, match="whole cache anew"):
+                engine.generate(["the sea was in"], options)
     for prompt in ("the sea", words(14)):  # all of it before, all of it behind
         assert told(engine.generate([prompt], OPTIONS)) == told(generate(loaded, plan.gate, [prompt], OPTIONS))
 
@@ -194,6 +232,9 @@ def test_an_engine_with_room_to_spare_is_no_longer_than_a_window(tmp_path, monke
     texts = Generator("graph", loaded, make_plan("never", loaded.decoder))
     found, used = texts(["x" * 255], GenerateOptions(max_new_tokens=10, ignore_eos=True))
     assert (used.name, found.new_tokens, texts.graph.max_length) == ("graph", 10, 265)
+    assert texts.too_long == {(1, 512)}
+    monkeypatch.setattr(graph, "GraphEngine", lambda *a, max_length, **m: pytest.fail(f"{max_length} is asked for"))
+    texts(["x" * 200], GenerateOptions(max_new_tokens=10, ignore_eos=True))  # the engine that is there has room
 
 
 # Gates and stand-ins --------------------------------------------------------------------------------------------------
@@ -242,6 +283,18 @@ def test_routers_and_probes_wider_than_the_kernels(tiny):
     assert as_eager(tiny, Plan(LearnedGate(4, routers, 0.0), ZeroStandIn()))
     wide = {1: random_weights(LREProbe(64, 300), 0.1)}
     assert as_eager(tiny, Plan(CascadeGate(4, wide, {1: 0.7}), ZeroStandIn()))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gate_derived_from_a_known_one_may_blend(tiny, fused):
+    class Half(AlwaysGate):
+        def rule(self, layer, hidden, state):
+            return torch.full_like(state.scale, 0.5)
+
+        def holds(self, layer):
+            return False
+
+    assert as_eager(tiny, Plan(Half(4, 0), standins_of(tiny)), fused=fused)
 
 
 def test_a_gate_derived_from_a_known_one_decides_itself(tiny):

@@ -34,6 +34,7 @@ from sedac_cli.runtime.engines import require_engine
 from sedac_cli.runtime.generate import GenerateOptions, check_room, encode_prompts
 from sedac_cli.runtime.graph import GraphEngine
 from sedac_cli.runtime.graph.capture import require_graphs
+from sedac_cli.runtime.graph.refusals import refuse_recomputing
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import skipping
 
@@ -234,6 +235,7 @@ class GraphSession:
         # Text that is decoded and read again may come out a few tokens longer.
         room = cell.prompt_length + cell.prompt_length // 8 + 8 + cell.new_tokens
         self.loaded, self.bandwidth, self.reads = loaded, bandwidth, StepReads.of(loaded, plan)
+        refuse_recomputing(loaded, cell.prompt_length, room)
         self.engine_object = GraphEngine(loaded, plan, batch=cell.batch, max_length=room)
         self.engine_object.prepare(greedy(cell.new_tokens), (), loaded.tokenizer.pad_token_id)
 

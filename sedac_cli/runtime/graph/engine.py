@@ -32,13 +32,14 @@ from sedac_cli.runtime.graph.fused import FusedStep, TooManyRowsError
 from sedac_cli.runtime.graph.generic import GenericStep, refuse
 from sedac_cli.runtime.graph.ops import KernelOps, Ops, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
-from sedac_cli.runtime.graph.rotation import check_rotation, last_place, refuse_recomputing
+from sedac_cli.runtime.graph.refusals import refuse_call, refuse_settings
+from sedac_cli.runtime.graph.rotation import check_rotation, last_place
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
 from sedac_cli.runtime.graph.state import Burst, KVCache, State, cache_layers
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import Pass, skipping
-from sedac_cli.runtime.warp import repetition_penalty, unusual_setting
+from sedac_cli.runtime.warp import repetition_penalty
 from sedac_cli.standins import ZeroStandIn
 
 log = logging.getLogger("sedac")
@@ -98,15 +99,17 @@ class GraphEngine:
         capture: bool = True,
         forced: bool = False,
         fused: bool | None = None,
+        own_sampling: bool = True,
     ):
-        """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out."""
+        """`forced`: flags are the caller's (`engine.program.needs`), whatever the gate. `fused`: None finds out. `own_sampling`: the
+        settings of sampling that come with the model count, as in `generate`; a stream knows its request's alone."""
         if capture:
             require_graphs(loaded.device)
         require_served(loaded, plan)
         if batch < 1 or max_length < 2:
             raise InputError(f"a graph engine for {batch} sequences of {max_length} tokens")
         self.loaded, self.plan, self.batch, self.burst, self.capture = loaded, plan, batch, burst, capture
-        self.max_length, self.forced = max_length, forced
+        self.max_length, self.forced, self.own_sampling = max_length, forced, own_sampling
         self.device = loaded.device
         self.notes: list[str] = []
         self.state = State.empty(batch, self.device)
@@ -267,8 +270,7 @@ class GraphEngine:
         self, options: GenerateOptions, ends: tuple[int, ...] = (), pad: int = 0
     ) -> dict[int, tuple[Callable[[], None], Burst]]:
         """The graphs such a call replays, by their steps; those that are missing are captured."""
-        if setting := unusual_setting(self.loaded, options):
-            raise InputError(f"{setting}, which the graph engine does not apply", hint=EAGER)
+        refuse_settings(self.loaded, options, self.own_sampling)
         sizes = [size for size in (self.burst, 1) if options.max_new_tokens > size]
         return {size: self._graph(options, ends, pad, size) for size in sizes}
 
@@ -338,16 +340,17 @@ class GraphEngine:
                 "engine's cache",
                 hint=f"--max-length {width + options.max_new_tokens} or fewer new tokens",
             )
-        refuse_recomputing(self.loaded, width, options.max_new_tokens)
+        refuse_call(self.loaded, width, options, self.own_sampling)
         steps = options.max_new_tokens - 1
         graphs = self.prepare(options, ends, pad)
         torch.manual_seed(options.seed)
         self.settings.set(options, repetition_penalty(self.loaded))
+        penalised = self._penalised()
         self.settings.begin(ids, mask)
         self._sync()
         began = time.perf_counter()
         logits, prompt, seen = self._prompt(ids, mask)
-        choice = make_chooser(options, self.settings, self._penalised())(logits, TwinOps())
+        choice = make_chooser(options, self.settings, penalised)(logits, TwinOps())
         token = choice.token
         self._load(ids, mask, prompt, token)
         if ends:

@@ -20,7 +20,6 @@ from sedac_cli.gates.base import Gate
 from sedac_cli.gates.cascade import CascadeGate, FixedGate
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.simple import AlwaysGate, RandomGate
-from sedac_cli.gates.soft import SoftGate
 from sedac_cli.gpu import decode, reference
 from sedac_cli.gpu.probe import MAX_RANK, MAX_UNITS, ProbeWeights, RouterWeights, probe_risk
 from sedac_cli.gpu.skinny import PENDING
@@ -135,7 +134,7 @@ class GateProgram(Program):
         self.needs[layer].copy_(((self.state.scale != 0) & self.real).any())
 
     def scale(self, layer: int) -> Tensor | None:
-        return self.state.scale if isinstance(self.gate, SoftGate) else None
+        return self.state.scale if self.gate.blends else None
 
 
 class LearnedProgram(Program):

@@ -16,9 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sedac_cli.errors import InputError
-from sedac_cli.models import LoadedModel
-from sedac_cli.runtime.graph.capture import EAGER
 from sedac_cli.runtime.graph.standard import NotStandardError
 from sedac_cli.structure import Decoder
 
@@ -45,23 +42,6 @@ def last_place(decoder: Decoder, length: int) -> int:
         firsts = (named.get("original_max_position_embeddings"), getattr(rotary, "original_max_seq_len", None))
         limit = min(limit, *(n for n in firsts if isinstance(n, int)))
     return max(0, min(limit, length) - 1)
-
-
-def refuse_recomputing(loaded: LoadedModel, prompt: int, new_tokens: int) -> None:
-    """Some models (Phi-3 with `longrope`) begin their cache anew where a text grows out of the first length: all keys then turn by
-    other frequencies."""
-    from transformers import GenerationMixin
-
-    model = loaded.model
-    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    first = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
-    kind = getattr(getattr(loaded.decoder.backbone, "rotary_emb", None), "rope_type", None)
-    if own and kind == "longrope" and isinstance(first, int) and prompt <= first < prompt + new_tokens:
-        raise InputError(
-            f"{type(model).__name__} computes its whole cache anew where a text exceeds {first} tokens, which no graph does: this one "
-            f"would go from {prompt} to {prompt + new_tokens}",
-            hint=f"at most {first} tokens in all, or {EAGER}",
-        )
 
 
 @torch.inference_mode()

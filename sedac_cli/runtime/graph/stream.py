@@ -39,6 +39,7 @@ class GraphStream:
     def __init__(self, loaded: LoadedModel, plan: Plan, max_length: int, **options: Any):
         """`options` are `GraphEngine`'s."""
         self.loaded, self.max_length = loaded, max_length
+        options = {"own_sampling": False} | options
         self.gated = GraphEngine(loaded, plan, batch=1, max_length=max_length, **options)
         self.dense = self.gated
         if not plan.gate.trivial:
