@@ -144,9 +144,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   release();
   int seen = need && (standing == 0 || (RACES && threadIdx.x == 0)) ? *flag : PENDING;
 #define STOPPED (!RACES && need && standing == 0 && closed(seen))
-#define WAITS_EARLY ((OTHER && !GATED) || (LOOP && !XS))
-#if WAITS_EARLY
-  instead |= STOPPED;  // which columns of x are read may hang on it; elsewhere nobody waits for the flag yet
+#if OTHER && !GATED
+  instead |= STOPPED;  // which columns of x are read hangs on it; elsewhere nobody waits for the flag yet
 #endif
   // What the last lines of an item add is asked for here: from memory it would hold up the end.
   float last_bias[MT] = {}, last_residual[MT] = {};
@@ -217,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
   };
 #pragma unroll
   for (int step = 0; step < X_AHEAD; ++step) fetch(wrapped(step), x_ahead[step]);
-#if !WAITS_EARLY
+#if !OTHER || GATED
   instead |= STOPPED;
 #endif
   if (!OTHER && instead) {

@@ -11,6 +11,7 @@ import functools
 import gc
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -21,12 +22,26 @@ from sedac_cli.runtime.graph.constants import Constants
 from sedac_cli.runtime.plan import Plan
 
 EAGER = "--engine eager (of sedac serve: --backend eager)"
+P = ParamSpec("P")
+T = TypeVar("T")
 SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Streams, events and graphs are those of the thread's current device, which need not be the model's."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def on_its_device(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of the engine, which may be called with another device current."""
+
+    @functools.wraps(method)
+    def there(*args: P.args, **kwargs: P.kwargs) -> T:
+        engine: Any = args[0]
+        with on(engine.device):
+            return method(*args, **kwargs)
+
+    return there
 
 
 @functools.cache

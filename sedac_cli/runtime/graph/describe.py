@@ -11,7 +11,7 @@ from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, TokenDecision
 
 if TYPE_CHECKING:
-    from sedac_cli.runtime.graph.engine import Run
+    from sedac_cli.runtime.graph.call import Run
 
 
 def describe(loaded: LoadedModel, run: Run, mask: Tensor, ends: set[int]) -> Generated:

@@ -10,13 +10,11 @@ measured to be the model's own; any other through its own code, and `notes` says
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +24,14 @@ from sedac_cli.gpu.skinny import MAX_SKINNY_ROWS
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.generate import Generated, GenerateOptions, check_room, encode_prompts, end_tokens
 from sedac_cli.runtime.graph.agreement import LONG, SHORT, Gap, own_step
-from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, on, require_graphs, require_served
+from sedac_cli.runtime.graph.call import Listener, Run
+from sedac_cli.runtime.graph.capture import EAGER, captured, memory_said, on_its_device, require_graphs, require_served
 from sedac_cli.runtime.graph.describe import describe
 from sedac_cli.runtime.graph.fused import FusedStep, TooManyRowsError
 from sedac_cli.runtime.graph.generic import GenericStep, refuse
 from sedac_cli.runtime.graph.ops import KernelOps, Ops, TwinOps
 from sedac_cli.runtime.graph.programs import ForcedProgram, Program, make_program
-from sedac_cli.runtime.graph.refusals import refuse_call, refuse_settings
+from sedac_cli.runtime.graph.refusals import refuse_recomputing, refuse_settings
 from sedac_cli.runtime.graph.rotation import check_rotation, last_place
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
@@ -45,44 +44,6 @@ from sedac_cli.standins import ZeroStandIn
 log = logging.getLogger("sedac")
 
 BURST = 8
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-@dataclass
-class Run:
-    """What a call of `run` made. tokens [steps, rows]; ran [steps, layers]: whether the MLP ran in that step; the first
-    token is the prompt pass's, and has no step."""
-
-    first: Tensor
-    tokens: Tensor
-    ran: Tensor
-    entropy: Tensor
-    prompt: Pass | None
-    prefill_seconds: float
-    decode_seconds: float
-    replays: int
-    steps: int = field(default=0)
-
-
-def on_its_device(method: Callable[P, T]) -> Callable[P, T]:
-    """A method of the engine, which may be called with another device current."""
-
-    @functools.wraps(method)
-    def there(*args: P.args, **kwargs: P.kwargs) -> T:
-        engine: Any = args[0]
-        with on(engine.device):
-            return method(*args, **kwargs)
-
-    return there
-
-
-class Listener(Protocol):
-    """Hears a call of `run` as it goes; either may answer True to stop."""
-
-    def prompt(self, seen: Pass | None, token: Tensor, entropy: Tensor, logprob: Tensor) -> bool: ...
-
-    def burst(self, burst: Burst, ran: Tensor) -> bool: ...
 
 
 class GraphEngine:
@@ -340,7 +301,7 @@ class GraphEngine:
                 "engine's cache",
                 hint=f"--max-length {width + options.max_new_tokens} or fewer new tokens",
             )
-        refuse_call(self.loaded, width, options, self.own_sampling)
+        refuse_recomputing(self.loaded, width, width + options.max_new_tokens)
         steps = options.max_new_tokens - 1
         graphs = self.prepare(options, ends, pad)
         torch.manual_seed(options.seed)

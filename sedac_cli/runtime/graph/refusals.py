@@ -14,8 +14,9 @@ from sedac_cli.runtime.graph.capture import EAGER
 from sedac_cli.runtime.warp import unusual_setting
 
 
-def refuse_call(loaded: LoadedModel, prompt: int, options: GenerateOptions, own_sampling: bool = True) -> None:
-    refuse_settings(loaded, options, own_sampling)
+def refuse_call(loaded: LoadedModel, prompt: int, options: GenerateOptions) -> None:
+    """Both, ahead of an engine."""
+    refuse_settings(loaded, options)
     refuse_recomputing(loaded, prompt, prompt + options.max_new_tokens)
 
 
