@@ -43,7 +43,7 @@ VOCAB, HIDDEN, RANK = 151936, 3584, 64
 
 def tests(bench: Bench) -> None:
     """The GPU tests in a process of their own: a kernel that faults must not end the measuring."""
-    files = ["tests/gpu/test_conditional_gpu.py", "tests/gpu/test_kernels_gpu.py"]
+    files = [f"tests/gpu/test_{name}_gpu.py" for name in ("conditional", "kernels", "packed")]
     options = ["-q", "-m", "gpu", "--tb=short", "-p", "no:cacheprovider", "--maxfail=25"]
     command = [sys.executable, "-m", "pytest", *files, *options]
     try:
