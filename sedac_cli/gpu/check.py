@@ -72,6 +72,8 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                     yield "skinny", skinny_constants(t, gated, act, cut, x_source, races)
                     if gated or (act == 0 and x_source < 2):  # a stand-in's two maps
                         yield "skinny", skinny_constants(t, gated, act, cut, x_source, races, 1 + gated)
+                    if x_source == 0 and act < 2:  # of narrow rows
+                        yield "skinny", skinny_constants(t, gated, act, cut, x_source, races, ahead=1)
             for made, races in product(SHAPES, (False, True) if gated else (False,)):
                 yield "batch", made.constants(t, gated, act, races)
                 if gated or act == 0:

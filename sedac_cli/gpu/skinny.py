@@ -36,6 +36,8 @@ BATCH_ROWS = 32
 WARPS = 16
 STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads."""
+X_AHEAD = 2
+"""Steps of x asked for ahead where it comes from L2, whose latency every step would pay."""
 PENDING = -1
 """A flag that is being decided: a launch with `ready` works on under it, others wait for it."""
 RowNorm = tuple[Tensor, float, bool]
@@ -87,14 +89,20 @@ def skinny_constants(
     x_source: int = 0,
     races: bool = False,
     other: int = 0,
+    ahead: int = X_AHEAD,
 ) -> dict[str, int]:
-    """`x_source`: 0 memory, 1 shared memory, 2 the same through a norm. From memory steps of x are asked for ahead, X_AHEAD: a wide
-    x comes from L2, whose latency every step would pay."""
+    """`x_source`: 0 memory, 1 shared memory, 2 the same through a norm. `ahead`: steps of x asked for ahead, from memory alone."""
     return {
         "T": element, "TILES": cut.tiles, "GATED": int(gated), "ACT": act, "STAGES": STAGES // (2 if gated else cut.tiles),
-        "X_AHEAD": 0 if x_source else 2, "WARPS": WARPS, "LOOP": int(cut.loop), "XS": x_source, "RACES": int(races),
+        "X_AHEAD": 0 if x_source else ahead, "WARPS": WARPS, "LOOP": int(cut.loop), "XS": x_source, "RACES": int(races),
         "OTHER": other,
     }  # fmt: skip
+
+
+def steps_ahead(width: int) -> int:
+    """Of x. What comes behind an item's last step is the first of the next, so no more than the last warp has."""
+    least = -(-(width - 32 * (WARPS - 1)) // (32 * WARPS))
+    return min(X_AHEAD, max(1, least))
 
 
 def skinny_bytes(constants: dict[str, int], held: int = 0) -> int:
@@ -263,7 +271,11 @@ class _Job:
         if norm is not None and (not fits or norm[0].data_ptr() % 16):
             x, norm = rms_norm(x, *norm), None
         constants = skinny_constants(
-            *form, x_source=0 if not fits else 1 if norm is None else 2, races=races, other=self.otherwise
+            *form,
+            x_source=0 if not fits else 1 if norm is None else 2,
+            races=races,
+            other=self.otherwise,
+            ahead=steps_ahead(self.width),
         )
         weight, eps, plus_one = norm or (None, 0.0, False)
         launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -123,3 +124,37 @@ def test_no_bandwidth_without_a_gpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_bandwidth_of_this_gpu_is_a_gpu_s():
     assert 1e11 < read_bandwidth(torch.device("cuda")) < 2e13
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_bench_of_a_shape(sedac, tmp_path):
+    """A model without weights: speeds beside the floor, and no page that does not say what the weights are. It stands here because
+    times are asked about: in a file of many tests others would be using the GPU."""
+    result = sedac(
+        "bench", "--shape", "qwen2.5-0.5b", "--engine", "graph", "--batch", "1,8", "--gates", "always:12,random:0.25",
+        "--prompt-lengths", 32, "--new-tokens", 129, "--repeats", 3, "--warmup", 1, "--save-dir", tmp_path,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["random_weights"] is True
+    names = [c["name"] for c in found["configurations"]]
+    assert names == ["dense", "always:12", "random:0.25"]
+    for configuration in found["configurations"]:
+        assert [(cell["batch"], cell["engine"]) for cell in configuration["cells"]] == [(1, "graph"), (8, "graph")]
+        assert configuration["errors"] == []
+        for cell in configuration["cells"]:
+            assert 0.05 < cell["floor"]["share"]["median"] < 1
+    for cell in found["configurations"][0]["cells"]:
+        assert cell["aside"]["step_seconds"] > cell["floor"]["took_seconds"]
+    assert "Side note, no baseline: eager generate()" in " ".join(result.out.split())
+    rate = found["subject"]["read_bytes_per_second"]
+    dense, half = (found["configurations"][i]["cells"] for i in (0, 1))
+    for whole, part in zip(dense, half, strict=True):
+        assert part["skip_ratio"] == 0.5
+        spared = (whole["floor"]["step_seconds"] - part["floor"]["step_seconds"]) * rate
+        assert spared == pytest.approx(12 * 3 * 896 * 4864 * 2, rel=1e-6)  # twelve MLPs in bfloat16
+    assert half[0]["decode_speedup"]["median"] > 1.1
+    assert "(random weights)" in result.out
+    assert "random weights" in (tmp_path / "report.md").read_text()
+    assert "The weights of this model are random" in (tmp_path / "report.html").read_text()

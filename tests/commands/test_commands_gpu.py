@@ -68,32 +68,6 @@ def test_windows_and_experts_are_served_as_eager_serves_them_or_refused(sedac, t
         assert "the graph engine could not serve this" in auto.json["engine"]["notes"][0]
 
 
-def test_a_bench_of_a_shape(sedac, tmp_path):
-    """A model without weights: speeds beside the floor, and no page that does not say what the weights are."""
-    result = sedac(
-        "bench", "--shape", "qwen2.5-0.5b", "--engine", "graph", "--batch", "1,8", "--gates", "always:12,random:0.25",
-        "--prompt-lengths", 32, "--new-tokens", 33, "--repeats", 2, "--warmup", 1, "--save-dir", tmp_path,
-    )  # fmt: skip
-    assert result.code == 0, result.err
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert found["random_weights"] is True
-    names = [c["name"] for c in found["configurations"]]
-    assert names == ["dense", "always:12", "random:0.25"]
-    for configuration in found["configurations"]:
-        assert [(cell["batch"], cell["engine"]) for cell in configuration["cells"]] == [(1, "graph"), (8, "graph")]
-        assert configuration["errors"] == []
-        for cell in configuration["cells"]:
-            assert 0.05 < cell["floor"]["share"]["median"] < 1
-    for cell in found["configurations"][0]["cells"]:
-        assert cell["aside"]["step_seconds"] > cell["floor"]["took_seconds"]
-    assert "Side note, no baseline: eager generate()" in " ".join(result.out.split())
-    half = found["configurations"][1]["cells"][0]
-    assert half["speedup"]["median"] > 1
-    assert "(random weights)" in result.out
-    assert "random weights" in (tmp_path / "report.md").read_text()
-    assert "The weights of this model are random" in (tmp_path / "report.html").read_text()
-
-
 def test_a_bench_pairs_each_configuration_with_dense_in_its_own_engine(sedac, tmp_path, text_file):
     result = sedac(
         "bench", *TINY, "--dataset", text_file, "--gates", "always:14", "--modes", "gated,lossless", "--new-tokens", 16,

@@ -227,6 +227,13 @@ def test_rows_of_a_matrix_are_shared_out_evenly(gated):
     assert skinny.cut_of(18944, True, 132) == skinny.Cut(1, 264 * 5, 264)
 
 
+def test_no_warp_asks_for_more_of_x_than_its_item_has():
+    """Behind the last step comes the first of the next item: asked for further on, it would be a step that is not there."""
+    for width in range(8, 4097, 8):
+        steps = {len(range(warp * 32, width, 32 * skinny.WARPS)) for warp in range(skinny.WARPS)} - {0}
+        assert skinny.steps_ahead(width) == min(skinny.X_AHEAD, *steps)
+
+
 def test_a_form_takes_as_many_blocks_as_its_shared_memory_allows():
     assert entropy.Form(8, 4, 4).resident(10, 100 * 1024) == 40
     assert entropy.Form(1, 4, 4, 3).shared == 8 * 3 * 4 * 32 * 16

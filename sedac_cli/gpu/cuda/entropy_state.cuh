@@ -24,8 +24,8 @@ __device__ __forceinline__ bool ordinary(float m) { return fabsf(m) <= ORDINARY;
 __device__ __forceinline__ float base_of(float m) { return __fmul_rn(m, LOG2E); }  // never fused: it must be one number everywhere
 
 __device__ __forceinline__ void lift(State& p, float m) {
-  const float apart = ordinary(p.m) ? (ordinary(m) ? base_of(p.m) - base_of(m) : fmaf(-m, LOG2E, base_of(p.m)))
-                                    : (ordinary(m) ? fmaf(p.m, LOG2E, -base_of(m)) : (p.m - m) * LOG2E);
+  const bool rounds = ordinary(p.m), will = ordinary(m);
+  const float apart = fmaf((rounds ? 0.0f : p.m) - (will ? 0.0f : m), LOG2E, (rounds ? base_of(p.m) : 0.0f) - (will ? base_of(m) : 0.0f));
   const float d = fmaxf(apart, FLOOR), a = exp2_fast(d);
   p.t = a * fmaf(p.s, d, p.t);
   p.s *= a;

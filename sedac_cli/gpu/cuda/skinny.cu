@@ -14,7 +14,7 @@
 // at it after every step and tells the others, who wait for nobody.
 // Constants: T (1, 2), TILES (up to 16 rows of W each, an item's), GATED, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), STAGES (steps of the k axis
 // in flight per warp), WARPS, LOOP (more items than blocks), RACES, and where x comes from: XS 0 memory, asked for X_AHEAD steps
-// ahead, 1 shared memory, into which it is brought first, 2 the same through an RMSNorm; and OTHER (linear_parts.cuh): a launch that
+// ahead (no more than any warp has), 1 shared memory, into which it is brought first, 2 the same through an RMSNorm; and OTHER (linear_parts.cuh): a launch that
 // its flag is against then does that work. GATED: on the same x, into the columns behind those of y (a block that has not
 // heard of the decision yet may still write these); otherwise on the columns of x behind the first k, into the same y.
 
@@ -207,15 +207,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     q = *(const uint4*)(x + g * x_stride + at);
 #endif
   };
-  // The block's next item begins where this one has ended; one step may be all that it has.
-  auto wrapped = [&](int step) {
 #pragma unroll
-    for (int turn = 0; turn < X_AHEAD; ++turn)
-      if (LOOP && step >= steps) step -= steps;
-    return step;
-  };
-#pragma unroll
-  for (int step = 0; step < X_AHEAD; ++step) fetch(wrapped(step), x_ahead[step]);
+  for (int step = 0; step < X_AHEAD; ++step) fetch(step, x_ahead[step]);
 #if !OTHER || GATED
   instead |= STOPPED;
 #endif
@@ -239,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
       if (known && closed(now)) break;
     }
 #endif
-    fetch(wrapped(step + X_AHEAD), x_ahead[X_AHEAD]);
+    const int next = step + X_AHEAD;  // behind an item's last step its block's next item begins
+    fetch(LOOP && X_AHEAD && next >= steps ? next - steps : next, x_ahead[X_AHEAD]);
     const uint4& q = x_ahead[0];
     copy_async_wait<STAGES - 1>();
 #pragma unroll
