@@ -35,6 +35,7 @@ from sedac_cli.pipeline.lens import entropy_options, measure_entropy_gate
 from sedac_cli.runtime.deep import Thought, thinking
 from sedac_cli.runtime.engines import Generator, Used, require_engine
 from sedac_cli.runtime.generate import GenerateOptions, TokenDecision
+from sedac_cli.runtime.past import kept, renamed
 from sedac_cli.runtime.plan import Plan, make_plan
 from sedac_cli.runtime.skip import SkipRun, skipping
 from sedac_cli.standins import StandIn, ZeroStandIn
@@ -103,9 +104,10 @@ class SedacEngine:
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> EngineOutput:
-        """One pass of the model with the gate in force; `inputs` (past_key_values, position_ids ...) go to the model."""
+        """One pass of the model with the gate in force; `inputs` (position_ids, a cache by either of its names ...) go to it."""
         place = self.decoder.device
         mask = None if attention_mask is None else attention_mask.to(place)
+        inputs = renamed(self.model, inputs)
         with skipping(self.model, self.gate, self.standin, decoder=self.decoder, keep_passes=True) as run:
             if self.deep is None:
                 thought = None
@@ -143,7 +145,7 @@ class SedacEngine:
             exit_layers=exits,
             skipped=last.skipped * last.real,
             compute_saved=1 - passes * (1 - saved),
-            past_key_values=getattr(output, "past_key_values", None),
+            past_key_values=kept(output),
             rounds=None if thought is None else thought.rounds[0],
         )
 

@@ -23,7 +23,7 @@ from sedac_cli.errors import InputError
 
 # A sub-module whose forward takes one of these mixes tokens (attention, a state space); it is never skipped.
 MIXER_ARGUMENTS = {
-    "attention_mask", "past_key_values", "past_key_value", "layer_past", "position_embeddings", "alibi",
+    "attention_mask", "cache", "past_key_values", "past_key_value", "layer_past", "position_embeddings", "alibi",
     "cache_params", "rotary_pos_emb", "position_ids",
 }  # fmt: skip
 

@@ -21,7 +21,8 @@ from sedac_cli.errors import UsageError
 from sedac_cli.gates.base import Gate
 from sedac_cli.gates.deep import DeepThinking
 from sedac_cli.gpu.choose import entropy_bits
-from sedac_cli.runtime.positions import past_length, positions
+from sedac_cli.runtime.past import handing, past_in, past_length
+from sedac_cli.runtime.positions import positions
 from sedac_cli.runtime.skip import SkipRun, skipping
 from sedac_cli.standins import StandIn
 from sedac_cli.structure import Decoder
@@ -99,7 +100,7 @@ def thinking(run: SkipRun, policy: DeepThinking) -> Iterator[Thought]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         called = signature.bind_partial(*args, **kwargs).arguments
         called |= called.pop("kwargs", {})
-        ids, cache = called.get("input_ids"), called.get("past_key_values")
+        ids, cache = called.get("input_ids"), past_in(called)
         shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])
         if cache is not None and not hasattr(cache, "crop"):
             raise UsageError(
@@ -165,8 +166,8 @@ def deep_forward(
         logits = decoder.model(
             input_ids=input_ids.to(decoder.device),
             attention_mask=attention_mask,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **handing(decoder.model, cache),
             **inputs,
         ).logits
     assert thought.entropy is not None

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.errors import InputError
+from sedac_cli.runtime.past import name_in
 from sedac_cli.structure import Decoder, describe
 
-CACHE_NAMES = ("past_key_values", "past_key_value")
 ANGLES = "position_embeddings"
 MASKED = ("sdpa", "eager")
 SHIFT, MOST_DRIFT = 37, 0.15
@@ -71,7 +71,7 @@ class LayerCall:
 
     @property
     def cache(self) -> str | None:
-        return next((name for name in CACHE_NAMES if name in self.signature.parameters), None)
+        return name_in(self.signature)
 
     def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         found = dict(self.signature.bind(*args, **kwargs).arguments)
@@ -165,7 +165,7 @@ def check_attention(decoder: Decoder, layers: tuple[int, ...]) -> tuple[int, int
 
 def _require(decoder: Decoder, layer: int, call: LayerCall) -> None:
     if call.cache is None or ANGLES not in call.signature.parameters:
-        missing = ANGLES if call.cache else "past_key_values"
+        missing = ANGLES if call.cache else "cache"
         raise refused(decoder, layer, f"it takes no {missing}")
 
 

@@ -32,11 +32,6 @@ def positions(
     return position.expand(B, T).reshape(-1), real.expand(B, T).reshape(-1)
 
 
-def past_length(cache: Any) -> int:
-    """Tokens the cache already holds."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
 def _widest(mask: Any) -> Tensor | None:
     """The mask that sees most, where a model keeps one per kind of attention: a window hides how far back a row is."""
     if isinstance(mask, dict):

@@ -26,7 +26,8 @@ from sedac_cli.errors import InputError, UsageError
 from sedac_cli.gates.base import Gate, TokenState
 from sedac_cli.runtime.decision import Decision
 from sedac_cli.runtime.on_device import OnDevice, may_pack
-from sedac_cli.runtime.positions import past_length, positions
+from sedac_cli.runtime.past import past_in, past_length
+from sedac_cli.runtime.positions import positions
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.structure import RESIDUAL, Branch, Decoder, find_decoder
 
@@ -176,7 +177,7 @@ class _Installed:
         shape = tuple((called["inputs_embeds"] if ids is None else ids).shape[:2])
         device = self.run.decoder.device
         mask = called.get("attention_mask")
-        past = past_length(called.get("past_key_values"))
+        past = past_length(past_in(called))
         position, real = positions(shape, mask, called.get("position_ids"), past, device)
         if self.run.real is not None:
             real = real & self.run.real.to(device).reshape(-1)

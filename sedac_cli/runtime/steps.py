@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
+from sedac_cli.runtime.past import handing
 
 # Kinds of layers whose cache is one entry per token: it can be cut. A recurrent state cannot.
 CUTTABLE = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -98,7 +99,12 @@ class Steps:
             position = position.clamp_max(self.limit - 1)
         given: dict[str, Any] = {"position_ids": position} if self.positions else {}
         return self.model(
-            input_ids=ids, attention_mask=valid.long(), past_key_values=self.cache, use_cache=True, **given, **extra
+            input_ids=ids,
+            attention_mask=valid.long(),
+            use_cache=True,
+            **handing(self.model, self.cache),
+            **given,
+            **extra,
         ).logits
 
 

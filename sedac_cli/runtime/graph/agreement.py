@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sedac_cli.errors import ran_out
+from sedac_cli.runtime.past import handing
 
 AGREE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """As a share of their norm, whatever the model."""
@@ -57,7 +58,7 @@ def own_step(model: Any, before: dict[str, Any], last: dict[str, Any]) -> Tensor
     """Logits of the model's own step over its own cache; None where it makes none."""
     from transformers import DynamicCache
 
-    given = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+    given = {**handing(model, DynamicCache(config=model.config)), "use_cache": True}
     try:
         model(**before, **given)
         return model(**last, **given).logits[0, -1]

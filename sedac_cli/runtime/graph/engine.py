@@ -36,6 +36,7 @@ from sedac_cli.runtime.graph.rotation import check_rotation, last_place
 from sedac_cli.runtime.graph.sampling import Chooser, Settings, chooser_key, make_chooser
 from sedac_cli.runtime.graph.standard import NotStandardError, check_kernels, standard_model
 from sedac_cli.runtime.graph.state import Burst, KVCache, State, cache_layers
+from sedac_cli.runtime.past import handing
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.runtime.skip import Pass, skipping
 from sedac_cli.runtime.warp import repetition_penalty
@@ -254,7 +255,7 @@ class GraphEngine:
 
         loaded = self.loaded
         cache = DynamicCache(config=loaded.model.config)
-        arguments = self._arguments(ids, mask, begin) | {"past_key_values": cache, "use_cache": True}
+        arguments = self._arguments(ids, mask, begin) | handing(loaded.model, cache) | {"use_cache": True}
         seen: Pass | None = None
         if gated and not self.forced:
             with skipping(

@@ -24,6 +24,7 @@ from sedac_cli.runtime.graph.branches import Branches
 from sedac_cli.runtime.graph.capture import EAGER
 from sedac_cli.runtime.graph.programs import Program
 from sedac_cli.runtime.graph.state import KVCache, State
+from sedac_cli.runtime.past import handing
 from sedac_cli.standins import StandIn, ZeroStandIn
 from sedac_cli.standins.lowrank import LowRankStandIns
 from sedac_cli.structure import Branch
@@ -73,7 +74,7 @@ class GenericStep:
             given = {"position_ids": state.position.unsqueeze(1)} if self.positions else {}
             output = self.loaded.model(
                 input_ids=state.tokens.unsqueeze(1), attention_mask=mask,
-                past_key_values=SlotCache(self.cache, state.slot), use_cache=True, **given,
+                use_cache=True, **handing(self.loaded.model, SlotCache(self.cache, state.slot)), **given,
             )  # fmt: skip
         finally:
             for handle in handles:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac_cli.runtime.graph.standard import NotStandardError
+from sedac_cli.runtime.past import handing
 from sedac_cli.structure import Decoder
 
 FIXED = {"default", "linear", "llama3", "yarn", "proportional"}
@@ -90,7 +91,10 @@ def _keys(decoder: Decoder, ids: Tensor, position: int) -> list[Tensor]:
     cache: Any = DynamicCache(config=decoder.model.config)
     try:
         decoder.backbone(
-            input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True
+            input_ids=ids,
+            position_ids=torch.full_like(ids, position),
+            use_cache=True,
+            **handing(decoder.backbone, cache),
         )
         return [layer.keys for layer in cache.layers]
     except (TypeError, AttributeError) as error:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sedac_cli.errors import InputError
 from sedac_cli.models import LoadedModel
 from sedac_cli.runtime.graph.capture import EAGER
+from sedac_cli.runtime.past import handing
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def prompt_cache(loaded: LoadedModel, ids: Tensor) -> list[tuple[Tensor, Tensor]
 
     cache = DynamicCache(config=loaded.model.config)
     try:
-        loaded.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        loaded.model(input_ids=ids, use_cache=True, **handing(loaded.model, cache))
     except (TypeError, ValueError, AttributeError) as error:  # a cache of the model's own
         raise no_keys(loaded) from error
     return cache_layers(loaded, cache)
