@@ -74,11 +74,13 @@ def random_weights(module, scale=0.3, seed=0):
 def test_a_penalty_of_repetitions_is_eagers(tiny, penalty):
     plain = [[t.token for t in row] for row in engine_of(tiny, batch=3).generate(PROMPTS, OPTIONS).tokens]
     tiny.model.generation_config.repetition_penalty = penalty
-    expected = generate(tiny, make_plan("never", tiny.decoder).gate, PROMPTS, OPTIONS)
+    gate = make_plan("never", tiny.decoder).gate
+    # Each alone: an older transformers (5.17) takes a batch's padding for something that was said.
+    expected = [told(generate(tiny, gate, [prompt], OPTIONS))[0] for prompt in PROMPTS]
     engine = engine_of(tiny, batch=4)
     for _ in range(2):  # what a call has seen is forgotten by the next
         found = engine.generate(PROMPTS, OPTIONS)
-        assert told(found) == told(expected)
+        assert told(found) == expected
     assert [[t.token for t in row] for row in found.tokens] != plain
     tiny.model.generation_config.repetition_penalty = 1.0
     assert [[t.token for t in row] for row in engine.generate(PROMPTS, OPTIONS).tokens] == plain
