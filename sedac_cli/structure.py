@@ -21,10 +21,12 @@ from torch.utils.hooks import RemovableHandle
 
 from sedac_cli.errors import InputError
 
+# What transformers calls keys and values of earlier tokens: the first since 5.24, the others before.
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+
 # A sub-module whose forward takes one of these mixes tokens (attention, a state space); it is never skipped.
 MIXER_ARGUMENTS = {
-    "attention_mask", "cache", "past_key_values", "past_key_value", "layer_past", "position_embeddings", "alibi",
-    "cache_params", "rotary_pos_emb", "position_ids",
+    "attention_mask", *CACHE_NAMES, "layer_past", "position_embeddings", "alibi", "cache_params", "rotary_pos_emb", "position_ids",
 }  # fmt: skip
 
 # What an MLP may be handed besides its input, row by row: the residual it adds inside (BLOOM, MPT), token ids to route by.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
+from sedac_cli.structure import CACHE_NAMES
 
 
 def past_in(called: Mapping[str, Any]) -> Any:

@@ -37,6 +37,7 @@ class Steps:
         self.keeps = "logits_to_keep" in takes
         # Without a config every layer keeps all its tokens, windowed ones too: their window is in the mask.
         self.cache: Any = DynamicCache()
+        self.given = {**handing(self.model, self.cache), "use_cache": True}
         self.valid = torch.empty(0)
         self.fresh = 0
         self.limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -97,15 +98,8 @@ class Steps:
     def _run(self, ids: Tensor, valid: Tensor, position: Tensor, extra: dict[str, Any]) -> Tensor:
         if self.limit:  # only what a row will not keep can lie beyond the last position
             position = position.clamp_max(self.limit - 1)
-        given: dict[str, Any] = {"position_ids": position} if self.positions else {}
-        return self.model(
-            input_ids=ids,
-            attention_mask=valid.long(),
-            use_cache=True,
-            **handing(self.model, self.cache),
-            **given,
-            **extra,
-        ).logits
+        placed: dict[str, Any] = {"position_ids": position} if self.positions else {}
+        return self.model(input_ids=ids, attention_mask=valid.long(), **self.given, **placed, **extra).logits
 
 
 def _layer_types(loaded: LoadedModel) -> list[str]:

@@ -22,9 +22,9 @@ from sedac_cli.runtime.graph.constants import Constants
 from sedac_cli.runtime.plan import Plan
 
 EAGER = "--engine eager (of sedac serve: --backend eager)"
+SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 P = ParamSpec("P")
 T = TypeVar("T")
-SMALLER = "fewer or shorter sequences; sedac serve: a smaller --max-length, or --shrink"
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[None]:
