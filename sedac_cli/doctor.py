@@ -17,6 +17,8 @@ from typing import Literal
 from sedac_cli.hub import hub_error
 
 Status = Literal["ok", "missing", "problem"]
+LEAST = {"torch": "2.11", "transformers": "5.17"}
+"""The oldest that the tests have passed with; pyproject.toml asks for them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,12 @@ def _installed(package: str) -> str | None:
         return None
 
 
+def _too_old(package: str, number: str) -> Check | None:
+    least = LEAST[package]
+    old = [int(part) for part in number.split(".")[:2]] < [int(part) for part in least.split(".")]
+    return Check(package, "problem", number, f"pip install '{package}>={least}'") if old else None
+
+
 def _python() -> Check:
     return Check(
         "python",
@@ -66,10 +74,9 @@ def _torch() -> Check:
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    major, minor = (int(x) for x in torch.__version__.split(".")[:2])
-    if (major, minor) < (2, 10):
-        return Check("torch", "problem", torch.__version__, "pip install 'torch>=2.10'")
-    return Check("torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads")
+    return _too_old("torch", torch.__version__) or Check(
+        "torch", "ok", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
+    )
 
 
 def _cuda() -> Check:
@@ -127,7 +134,10 @@ def _graphs() -> Check:
 
 
 def _transformers() -> Check:
-    return Check("transformers", "ok", f"{_installed('transformers')}, datasets {_installed('datasets')}")
+    number = version("transformers")
+    return _too_old("transformers", number) or Check(
+        "transformers", "ok", f"{number}, datasets {_installed('datasets')}"
+    )
 
 
 def _bitsandbytes() -> Check:

@@ -6,6 +6,8 @@ import builtins
 import socket
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from machines import machine  # noqa: F401 - a fixture
@@ -93,8 +95,25 @@ def test_missing_and_mismatched_packages(monkeypatch):
     assert doctor._cupy().fix == ("pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install cupy-cuda12x")
     monkeypatch.setattr(doctor, "_installed", lambda name: "13.6" if name == "cupy-cuda12x" else None)
     assert doctor._cupy().status == "ok"
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    assert doctor._torch().status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("torch_there", "transformers_there", "status"),
+    [("2.9.1+cpu", "4.57.6", "problem"), ("2.10.0", "5.9.0", "problem"), ("2.11.0+cu130", "5.17.0", "ok"), ("3.0", "6.0.0rc1", "ok")],
+)  # fmt: skip
+def test_versions_older_than_were_run(monkeypatch, torch_there, transformers_there, status):
+    import torch
+
+    monkeypatch.setattr(torch, "__version__", torch_there)
+    monkeypatch.setattr(doctor, "version", lambda package: transformers_there)
+    assert [doctor._torch().status, doctor._transformers().status] == [status] * 2
+    if status == "problem":
+        assert doctor._transformers().fix == f"pip install 'transformers>={doctor.LEAST['transformers']}'"
+
+
+def test_the_oldest_versions_are_those_the_package_asks_for():
+    asked = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {f"{package}>={least}" for package, least in doctor.LEAST.items()} <= set(asked)
 
 
 @pytest.mark.parametrize(
