@@ -4,16 +4,19 @@
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
 same run. Cases are interleaved round by round, every sample is kept. Learned gates have routers whose outcome is known, everything
-on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost.
+on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost. Batches that are left to
+cuBLAS are also run by our linear kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
+from sedac_cli.gpu import skinny  # noqa: E402
 from sedac_cli.probes import LREProbe  # noqa: E402
 from sedac_cli.runtime.generate import GenerateOptions  # noqa: E402
 from sedac_cli.runtime.graph import GraphEngine  # noqa: E402
@@ -123,6 +127,16 @@ def deciding(loaded) -> dict[str, tuple[Plan, list[int]]]:
     return found
 
 
+@contextlib.contextmanager
+def own_kernels(rows: int) -> Iterator[None]:
+    """An engine made in here takes our linear kernels for up to so many rows."""
+    kept, skinny.BATCH_ROWS = skinny.BATCH_ROWS, rows
+    try:
+        yield
+    finally:
+        skinny.BATCH_ROWS = kept
+
+
 def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> list[dict]:
     layers = loaded.decoder.num_layers
     dense = make_plan("never", loaded.decoder)
@@ -136,6 +150,13 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
     for name, (plan, on) in deciding(loaded).items():
         engine = GraphEngine(loaded, plan, batch=batch, max_length=PLACES)
         cases.append(Case(name, engine, None, context, on))
+    if batch > skinny.BATCH_ROWS:
+        with own_kernels(batch):
+            plain = GraphEngine(loaded, dense, batch=batch, max_length=PLACES)
+            forced = GraphEngine(loaded, dense, batch=batch, max_length=PLACES, forced=True)
+        cases.append(Case("our kernels, ungated", plain, None, context))
+        for share in (0, 25):
+            cases.append(Case(f"our kernels, {share} % of MLPs off", forced, flags_with(layers, share), context))
     for case in cases:
         case.prepare()
     for _ in range(rounds):
