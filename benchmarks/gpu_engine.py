@@ -4,8 +4,8 @@
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
 same run. Cases are interleaved round by round, every sample is kept. Learned gates have routers whose outcome is known, everything
-on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost. Batches that are left to
-cuBLAS are also run by our linear kernels.
+on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS
+runs beside our linear kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
 from sedac_cli.probes import LREProbe  # noqa: E402
 from sedac_cli.runtime.generate import GenerateOptions  # noqa: E402
-from sedac_cli.runtime.graph import GraphEngine  # noqa: E402
+from sedac_cli.runtime.graph import GraphEngine, fused, ops  # noqa: E402
 from sedac_cli.runtime.plan import Plan, make_plan  # noqa: E402
 from sedac_cli.shapes import shaped_model  # noqa: E402
 from sedac_cli.standins import ZeroStandIn  # noqa: E402
@@ -128,13 +128,14 @@ def deciding(loaded) -> dict[str, tuple[Plan, list[int]]]:
 
 
 @contextlib.contextmanager
-def own_kernels(rows: int) -> Iterator[None]:
-    """An engine made in here takes our linear kernels for up to so many rows."""
-    kept, skinny.BATCH_ROWS = skinny.BATCH_ROWS, rows
+def by_cublas() -> Iterator[None]:
+    """An engine made in here leaves matrices to cuBLAS."""
+    kept, ops.make_ops = ops.make_ops, lambda *_: ops.WideOps()
+    fused.make_ops = ops.make_ops
     try:
         yield
     finally:
-        skinny.BATCH_ROWS = kept
+        ops.make_ops = fused.make_ops = kept
 
 
 def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> list[dict]:
@@ -150,13 +151,13 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
     for name, (plan, on) in deciding(loaded).items():
         engine = GraphEngine(loaded, plan, batch=batch, max_length=PLACES)
         cases.append(Case(name, engine, None, context, on))
-    if batch > skinny.BATCH_ROWS:
-        with own_kernels(batch):
+    if batch > skinny.FEW_ROWS:
+        with by_cublas():
             plain = GraphEngine(loaded, dense, batch=batch, max_length=PLACES)
             forced = GraphEngine(loaded, dense, batch=batch, max_length=PLACES, forced=True)
-        cases.append(Case("our kernels, ungated", plain, None, context))
+        cases.append(Case("cuBLAS, ungated", plain, None, context))
         for share in (0, 25):
-            cases.append(Case(f"our kernels, {share} % of MLPs off", forced, flags_with(layers, share), context))
+            cases.append(Case(f"cuBLAS and nodes, {share} % of MLPs off", forced, flags_with(layers, share), context))
     for case in cases:
         case.prepare()
     for _ in range(rounds):

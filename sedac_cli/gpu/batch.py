@@ -1,11 +1,14 @@
-"""What the linear kernel for the rows of a batch (cuda/batch.cu) is made of: tiles, ring, blocks. `skinny.py` launches it.
+"""What the linear kernels for the rows of a batch (cuda/batch_hopper.cu on Hopper, cuda/batch.cu elsewhere) are made of: tiles, ring,
+blocks. `skinny.py` launches them.
 
 shape = shape_of(rows=32, shared=227 * 1024)
 shape.constants(element=2, gated=True, act=1, races=False), shape.grid(tiles, width, processors=132)
+shape = next(hopper_shapes(rows=32, groups=224, processors=132, shared=227 * 1024))
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 COUNTERS = 16384
@@ -72,3 +75,67 @@ def shape_of(rows: int, shared: int) -> Shape:
     """With as many steps in the ring as a block has shared memory for."""
     shape = next(shape for shape in SHAPES if rows <= 8 * shape.groups)
     return replace(shape, stages=min(shape.stages, (shared - 1024) // shape.slot))
+
+
+MOST_STAGES = 10
+DECLARED = 1024 + 128
+"""Bytes of shared memory that are not the ring's."""
+
+
+@dataclass(frozen=True)
+class HopperShape:
+    """Times of single launches on an H200 chose among these."""
+
+    rows: int
+    """Of x that the products have room for."""
+    warpgroups: int
+    """64 rows of W each, of a tile."""
+    cluster: int
+    """Blocks that have a tile together."""
+    pieces: int
+    """128 bytes of a row each, in a step."""
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups
+
+    @property
+    def slot(self) -> int:
+        """Bytes of a step in the ring."""
+        return (64 * self.warpgroups + self.rows) * 128 * self.pieces
+
+    @property
+    def shared(self) -> int:
+        return self.stages * self.slot + 1024  # the ring begins at a multiple
+
+    def constants(self, element: int, gated: bool, act: int, races: bool, other: int = 0) -> dict[str, int]:
+        return {
+            "T": element, "ROWS": self.rows, "GATED": int(gated), "ACT": act, "WG": self.warpgroups, "CLUSTER": self.cluster,
+            "STAGES": self.stages, "KC": self.pieces, "RACES": int(races), "OTHER": other,
+        }  # fmt: skip
+
+    @property
+    def groups(self) -> int:
+        """Of rows of W, that a tile takes."""
+        return 4 * self.warpgroups
+
+
+def groups_of(matrices: list[int], gated: bool) -> int:
+    """Groups of 16 rows of W; of two gated matrices of eight each."""
+    return -(-matrices[0] // 8) if gated else sum(-(-n // 16) for n in matrices)
+
+
+def hopper_shapes(rows: int, groups: int, processors: int, shared: int) -> Iterator[HopperShape]:
+    """From the largest cluster on, those whose tiles can take all rows of W at once; at last blocks that go from tile to tile. How many
+    clusters there can be at a time is for the device to say."""
+    for cluster, warpgroups in ((8, 2), (4, 2), (4, 3), (2, 2), (2, 3)):
+        if groups <= processors // cluster * 4 * warpgroups:
+            yield hopper_shape(rows, cluster, warpgroups, shared)
+    each = -(-groups // processors)
+    yield hopper_shape(rows, 1, next((n for n in (2, 3, 4) if each <= 4 * n), 3), shared)
+
+
+def hopper_shape(rows: int, cluster: int, warpgroups: int, shared: int) -> HopperShape:
+    made = HopperShape(next(n for n in (16, 32, 64) if rows <= n), warpgroups, cluster, 2 if warpgroups == 2 else 1, 0)
+    return replace(made, stages=min(MOST_STAGES, (shared - DECLARED) // made.slot))

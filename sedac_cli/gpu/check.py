@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from sedac_cli.gpu.batch import SHAPES
+from sedac_cli.gpu.batch import SHAPES, HopperShape, hopper_shape
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_constants
 from sedac_cli.gpu.entropy import FEW, MANY
@@ -30,6 +30,8 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "sm_100": 227}
 """KiB of shared memory a block may ask for."""
+HOPPER_FORMS = ((8, 2), (4, 2), (4, 3), (2, 2), (2, 3), (1, 2), (1, 3), (1, 4))
+"""Blocks of a cluster, warpgroups."""
 FEWEST = {"attend": 1, "batch": 2}
 """Stages that a wrapper goes down to where shared memory is small; 3 for the others."""
 
@@ -80,6 +82,12 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                     yield "batch", made.constants(t, gated, act, races, 1 + gated)
                 if act < 2:  # what is left of the ring where shared memory is small
                     yield "batch", replace(made, stages=2).constants(t, gated, act, races)
+            for rows, (cluster, warpgroups) in product((16, 32, 64), HOPPER_FORMS):
+                made_here = hopper_shape(rows, cluster, warpgroups, LIMITS["sm_90a"] * 1024)
+                for races in (False, True) if gated else (False,):
+                    yield "batch_hopper", made_here.constants(t, gated, act, races)
+                    if gated or act == 0:
+                        yield "batch_hopper", made_here.constants(t, gated, act, races, 1 + gated)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     yield "step", {}
@@ -127,6 +135,9 @@ def dynamic_bytes(family: str, constants: dict[str, int]) -> int:
     if family == "batch":
         batch = next(shape for shape in SHAPES if shape.groups == constants["NT"])
         return replace(batch, stages=constants["STAGES"]).shared
+    if family == "batch_hopper":
+        names = ("ROWS", "WG", "CLUSTER", "KC", "STAGES")
+        return HopperShape(*(constants[name] for name in names)).shared
     if family == "entropy":
         return next(form for form in (FEW, MANY) if form.group == constants["GROUP"]).shared
     if family != "probe" or constants["RANKS"]:
@@ -174,7 +185,7 @@ def main() -> int:
     parser.add_argument("--arch", action="append", help="sm_90, ...; all by default", choices=ARCHITECTURES)
     parser.add_argument(
         "--only",
-        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, norm, attend, norm_route, activate, step",
+        help="one family: entropy, probe, router, router_few, route, conditional, skinny, batch, batch_hopper, norm, attend, norm_route, activate, step",
     )
     parser.add_argument("--brief", action="store_true", help="the first and the last form of each family alone")
     chosen = parser.parse_args()

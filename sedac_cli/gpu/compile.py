@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import importlib
 import logging
+import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ SHARED_SOURCES = ("primitives.cuh", "common.cuh")
 OWN = {
     "entropy": ("entropy_state.cuh",), "norm_route": ("router_parts.cuh",), "router_few": ("router_parts.cuh",),
     "skinny": ("linear_parts.cuh",), "batch": ("linear_parts.cuh",),
+    "batch_hopper": ("linear_parts.cuh",),
 }  # fmt: skip
 CUPYS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 """Names that CuPy is installed under. All of them hold the same files."""
@@ -154,18 +157,33 @@ def properties(index: int) -> Any:
     return found
 
 
-def ptx_of(cupy: Any, text: str, name: str, capability: str) -> bytes:
-    """PTX by NVRTC. Kernels that set conditions must reach the driver as PTX: only its linker knows cudaGraphSetConditional.
-    Those for one chip alone ("90a") go the same way: CuPy compiles for plain capabilities."""
+def code_of(text: str, name: str, capability: str, linked: bool) -> bytes:
+    """By NVRTC, for one chip alone ("90a"): CuPy compiles for plain capabilities. Not `linked`, PTX: of kernels that set conditions, for
+    only the driver's linker knows cudaGraphSetConditional."""
     nvrtc = importlib.import_module("cupy.cuda").nvrtc
     program = nvrtc.createProgram(text, f"{name}.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture=compute_{capability}"))
-        return bytes(nvrtc.getPTX(program)).rstrip(b"\0")
+        nvrtc.compileProgram(program, (*OPTIONS, f"--gpu-architecture={'sm' if linked else 'compute'}_{capability}"))
+        return bytes(nvrtc.getCUBIN(program)) if linked else bytes(nvrtc.getPTX(program)).rstrip(b"\0")
     except nvrtc.NVRTCError as error:
         raise RuntimeError(f"{name}.cu does not compile: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def kept_code(text: str, name: str, capability: str, linked: bool) -> Path:
+    """A file with it, among those that CuPy keeps of what it compiles: made once for all processes."""
+    version = importlib.import_module("cupy.cuda").nvrtc.getVersion()
+    digest = hashlib.sha256(repr((version, OPTIONS, capability, linked, text)).encode()).hexdigest()[:40]
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    path = folder / f"sedac_{name}_{digest}.{'cubin' if linked else 'ptx'}"
+    if not path.is_file():
+        code = code_of(text, name, capability, linked)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as part:
+            part.write(code)
+        os.replace(part.name, path)
+    return path
 
 
 def refuse_shared(what: str, fixed: int, dynamic: int, limit: int) -> None:
@@ -195,15 +213,12 @@ def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], in
     with torch.cuda.device(index), cupy.cuda.Device(index):
         _arena(index)
         if conditional or chip:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"{family}.ptx"
-                path.write_bytes(ptx_of(cupy, text, family, f"{found.major}{found.minor}{chip}"))
-                kernel = cupy.RawModule(path=str(path)).get_function(entry)
-                registers = kernel.num_regs  # asking loads it now, while the file is there and nothing is captured
+            path = kept_code(text, family, f"{found.major}{found.minor}{chip}", not conditional)
+            kernel = cupy.RawModule(path=str(path)).get_function(entry)
         else:
             # CuPy adds -ftz=true by itself, and keeps the binary in its own cache on disk.
             kernel = cupy.RawModule(code=text, options=OPTIONS[:1]).get_function(entry)
-            registers = kernel.num_regs
+        registers = kernel.num_regs  # asking loads it now, while nothing is captured
         fixed = kernel.shared_size_bytes
         refuse_shared(f"{family}.{entry} {values}", fixed, shared, found.shared_memory_per_block_optin)
         if fixed + shared > DEFAULT_SHARED:  # the limit is on the sum: 48 KiB asked for at launch are already too much
@@ -217,6 +232,23 @@ def compiled(family: str, entry: str, constants: tuple[tuple[str, int], ...], in
                 raise RuntimeError(f"clusters of {values['SPLITS']} blocks: {status}")
     log.debug("%s.%s %s: %d registers", family, entry, values, registers)
     return kernel
+
+
+def clusters_at_once(
+    family: str, entry: str, constants: Mapping[str, int], index: int, threads: int, shared: int
+) -> int:
+    """How many clusters of this kernel a device holds at a time: chips differ in how many multiprocessors lie side by side."""
+    kernel = compiled(family, entry, tuple(constants.items()), index, shared)
+    driver: Any = importlib.import_module("cuda.bindings.driver")
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = constants["CLUSTER"], 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared
+    with torch.cuda.device(index):
+        status, count = driver.cuOccupancyMaxActiveClusters(driver.CUfunction(kernel.kernel.ptr), config)
+    if int(status):
+        raise RuntimeError(f"clusters of {family}.{entry}: {status}")
+    return int(count)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """Linear layers for few rows: the weights are read once at the speed of memory, and a gate can stop the launch on the device.
 
-Rows 1..64, float16 and bfloat16, a hidden width divisible by 8; up to 8 rows go through cuda/skinny.cu, more through cuda/batch.cu.
+Rows 1..64, float16 and bfloat16, a hidden width divisible by 8; up to 8 rows go through cuda/skinny.cu, more through
+cuda/batch_hopper.cu, or cuda/batch.cu on other chips.
 `need` (int32, one entry, on the device) makes the launch conditional: it works iff need != 0. `settled`: the launch just ahead
 does not write `need`, so weights may be asked for before it has ended. What is not computed is not touched, so a gated MLP that
 adds to the residual in place costs nothing when it is skipped. `other`: what such a launch computes when it is not needed; a
@@ -16,6 +17,7 @@ memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.batch import COUNTERS, shape_of
-from sedac_cli.gpu.compile import F32, I32, I64, counters, device_index, kind, launch, properties
+from sedac_cli.gpu.batch import COUNTERS, HopperShape, groups_of, hopper_shapes, shape_of
+from sedac_cli.gpu.compile import F32, I32, I64, clusters_at_once, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.decode import rms_norm
 from sedac_cli.gpu.tensors import flat
 
@@ -32,7 +34,7 @@ MAX_SKINNY_ROWS = 64
 FEW_ROWS = 8
 """Up to here x is small beside the weights, and each block reads all of it."""
 BATCH_ROWS = 32
-"""Up to here a step is faster with these kernels than with cuBLAS, and a closed gate needs no node."""
+"""Up to here a step is faster with these kernels than with cuBLAS on any chip, and a closed gate needs no node."""
 WARPS = 16
 STAGES = 4
 """Steps in flight: 64 KiB a block of 512 threads."""
@@ -116,6 +118,15 @@ def room_for_x(constants: dict[str, int], per_processor: int) -> int:
     matrices = 2 if constants["GATED"] else constants["TILES"]
     sums = constants["WARPS"] * matrices * 512 + 256
     return per_processor // 2 - 1024 - sums - skinny_bytes(constants)
+
+
+def has_hopper_products(device: torch.device) -> bool:
+    return properties(device_index(device)).major == 9
+
+
+def fast_rows(device: torch.device) -> int:
+    """Up to so many rows a step is faster with these kernels than with cuBLAS."""
+    return MAX_SKINNY_ROWS if has_hopper_products(device) else BATCH_ROWS
 
 
 def x_bytes(x: Tensor, width: int) -> int:
@@ -231,7 +242,7 @@ class _Job:
         counter, parts = (ready if races else None) or (None, 0)
         flags = [flat(need, "need", 1, device, torch.int32), I32(int(settled))]
         awaited = [flat(counter, "ready", 1, device, torch.int32), I32(parts)]
-        (self.few if self.x.shape[0] <= FEW_ROWS else self.batch)(races, flags, awaited)
+        (self.few if self.x.shape[0] <= FEW_ROWS else self.many)(races, flags, awaited)
 
     def operands(self, x: Tensor) -> list[Any]:
         """What both kernels take first."""
@@ -287,8 +298,11 @@ class _Job:
             ],
         )  # fmt: skip
 
-    def batch(self, races: bool, flags: list[Any], awaited: list[Any]) -> None:
+    def many(self, races: bool, flags: list[Any], awaited: list[Any]) -> None:
         x = self.x if self.norm is None else rms_norm(self.x, *self.norm)
+        (self.hopper if has_hopper_products(x.device) else self.batch)(x, races, flags, awaited)
+
+    def batch(self, x: Tensor, races: bool, flags: list[Any], awaited: list[Any]) -> None:
         found = properties(device_index(x.device))
         shape = shape_of(x.shape[0], found.shared_memory_per_block_optin)
         tiles = shape.tiles([w.shape[0] for w in self.weights], self.gated)
@@ -301,6 +315,29 @@ class _Job:
                 counters(x.device)[COUNTERS:], *self.other_operands(),
             ],
         )  # fmt: skip
+
+    def hopper(self, x: Tensor, races: bool, flags: list[Any], awaited: list[Any]) -> None:
+        groups = groups_of([w.shape[0] for w in self.weights], self.gated)
+        form = (kind(x, "x"), self.gated, ACTIVATIONS[self.activation], races, self.otherwise)
+        shape, constants, grid = _hopper_form(x.shape[0], groups, form, device_index(x.device))
+        launch(
+            "batch_hopper", "batch_hopper", constants, x.device, early=True, grid=(grid,), threads=shape.threads, shared=shape.shared,
+            args=[*self.operands(x), *flags, I32(groups), *awaited, *self.other_operands()],
+        )  # fmt: skip
+
+
+@functools.cache
+def _hopper_form(
+    rows: int, groups: int, form: tuple[int, bool, int, bool, int], index: int
+) -> tuple[HopperShape, dict[str, int], int]:
+    """The first shape that leaves no tile for a second turn, with its constants and the blocks of its launch."""
+    found = properties(index)
+    for shape in hopper_shapes(rows, groups, found.multi_processor_count, found.shared_memory_per_block_optin):
+        constants = shape.constants(*form)
+        at_once = clusters_at_once("batch_hopper", "batch_hopper", constants, index, shape.threads, shape.shared)
+        if shape.cluster == 1 or groups <= at_once * shape.groups:
+            return shape, constants, min(groups, at_once) * shape.cluster
+    raise AssertionError("a shape without clusters takes any number of groups")
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], beside: int = 0) -> None:

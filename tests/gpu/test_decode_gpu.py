@@ -197,6 +197,47 @@ def test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size
     assert seen == {(1,) * 5, (0,) * 5, (0, 1, 0, 1, 0), (1, 0, 1, 0, 1), (1, 1, 0, 1, 1)}
 
 
+@pytest.mark.parametrize("rows", [9, 16, 32, 33, 64])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_of_a_batch_on_other_chips(rows, dtype, monkeypatch):
+    """All of the above by batch.cu, which Hopper has no use for."""
+    monkeypatch.setattr(skinny, "has_hopper_products", lambda device: False)
+    for width, sizes in ((8, (1,)), (104, (17,)), (3584, (3584, 512, 512)), (18944, (40,)), (72, (3, 5, 7))):
+        test_linear(dtype, rows, width, sizes, bias=width != 8)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        for width, size in ((384, 1024), (3584, 1000), (40, 33)):
+            test_gated(dtype, rows, activation, width, size)
+    for need in (0, 1):
+        test_a_flag_stops_the_launch_and_nothing_is_written(rows, need)
+    for width, size, rank, settled in ((3584, 18944, 192, True), (136, 400, 8, False), (8192, 1000, 2056, True)):
+        test_a_launch_does_the_other_work_when_it_is_not_needed(dtype, rows, width, size, rank, settled, normed=settled)
+    for width, size, added, rank in ((3584, 18944, False, 72), (1024, 2816, True, 0), (136, 400, False, 72)):
+        test_work_that_races_its_decision_ends_as_if_it_had_waited(rows, width, size, added, rank)
+
+
+@pytest.mark.parametrize("rows", [9, 32, 64])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("groups", [1, 7, 64, 128, 256, 384, 400, 800, 1100, 2000, 5000])
+def test_every_cut_of_a_batch(rows, gated, groups):
+    """Sizes around those at which Hopper's clusters grow smaller and tiles more: every row of W is there once."""
+    width, size = 200, groups * (8 if gated else 16) - 3
+    x = random(rows, width, dtype=torch.bfloat16)
+    weight, up = (random(size, width, dtype=torch.bfloat16, scale=width**-0.5) for _ in range(2))
+    out = torch.empty(rows, size, dtype=torch.bfloat16, device="cuda")
+    poison(out)
+    if gated:
+        skinny_gated(x, weight, up, "silu", out=out)
+        expected = decode_reference.skinny_gated(*(t.float() for t in (x, weight, up)), "silu")
+    else:
+        skinny_linear(x, [weight], out=out)
+        expected = x.float() @ weight.float().T
+    close(f"{rows} x {width} -> {size}", out, expected)
+    again = torch.empty_like(out)
+    for _ in range(3):
+        skinny_gated(x, weight, up, "silu", out=again) if gated else skinny_linear(x, [weight], out=again)
+        assert torch.equal(again, out), "the same sums every time"
+
+
 def test_what_the_linear_kernel_does_not_take_is_named():
     x = torch.zeros(65, 64, dtype=torch.bfloat16, device="cuda")
     with pytest.raises(ValueError, match=r"1\.\.64 rows"):

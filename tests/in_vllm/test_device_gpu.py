@@ -12,6 +12,7 @@ from sedac_cli.gates.base import Guards
 from sedac_cli.gates.cascade import CascadeGate
 from sedac_cli.gates.learned import LearnedGate
 from sedac_cli.gates.stability import StabilityGate
+from sedac_cli.gpu.skinny import has_hopper_products
 from sedac_cli.probes import LREProbe
 from sedac_cli.runtime.plan import Plan
 from sedac_cli.standins import ZeroStandIn
@@ -208,7 +209,8 @@ def test_what_a_learned_gate_launches(launches, mlp, full):
     layers[2].module.norm.variance_size_override = WIDTH // 2
     session, layers = make_session(LearnedGate(LAYERS, routers(), 0.0), mlp=mlp, full=full, layers=layers)
     assert list(session.norms) == [1, 3]
-    behind = ["batch", "batch"] if mlp == "kernels" else []
+    linear = "batch_hopper" if has_hopper_products(torch.device("cuda")) else "batch"
+    behind = [linear, linear] if mlp == "kernels" else []
     for count in (32, 33):
         x = torch.randn(count, WIDTH, device="cuda", dtype=torch.bfloat16)
         session.begin(None)

@@ -14,7 +14,7 @@ from sedac_cli.gates.entropy import EntropyGate
 from sedac_cli.gates.learned import LearnedGate, Router
 from sedac_cli.gates.lens import HeadLens
 from sedac_cli.gates.stability import StabilityGate
-from sedac_cli.gpu.skinny import BATCH_ROWS
+from sedac_cli.gpu import skinny
 from sedac_cli.models import load_model
 from sedac_cli.probes import LREProbe
 from sedac_cli.runtime.generate import GenerateOptions, generate
@@ -30,7 +30,7 @@ pytestmark = [
 SHAPE = {"hidden_size": 64, "max_position_embeddings": 256}
 PROMPTS = [words(3 + 2 * (i % 12), i) for i in range(40)]
 BATCHES = [1, 8, 12, 40]
-"""One sequence, kernels for few rows, kernels for a batch, cuBLAS with conditional nodes."""
+"""One sequence, kernels for few rows, kernels for a batch; where no Hopper is, the last is cuBLAS with conditional nodes."""
 OPTIONS = GenerateOptions(max_new_tokens=30, ignore_eos=True)
 
 
@@ -56,6 +56,13 @@ def single(folder):
 @pytest.fixture(scope="module")
 def trained():
     return {dtype: load("builtin:tiny", dtype) for dtype in ("bfloat16", "float32")}
+
+
+@pytest.fixture(params=["this chip", "another"])
+def chip(request, monkeypatch):
+    """The other: without Hopper's kernels, as on any other chip."""
+    if request.param == "another":
+        monkeypatch.setattr(skinny, "has_hopper_products", lambda device: False)
 
 
 def tokens(result):
@@ -94,10 +101,10 @@ def plans(loaded) -> dict[str, Plan]:
 
 @pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize("batch", BATCHES)
-def test_all_on_is_bit_identical_to_the_ungated_graph(half, batch, fused):
+def test_all_on_is_bit_identical_to_the_ungated_graph(half, batch, fused, chip):
     plain, gated = engine_of(half, batch=batch, fused=fused), engine_of(half, batch=batch, forced=True, fused=fused)
     if fused is None:
-        assert (gated.path, gated.step.ops.stops) == ("fused", batch <= BATCH_ROWS)
+        assert (gated.path, gated.step.ops.stops) == ("fused", batch <= skinny.fast_rows(torch.device("cuda")))
     gated.program.needs.fill_(1)
     assert tokens(plain.generate(PROMPTS[:batch], OPTIONS)) == tokens(gated.generate(PROMPTS[:batch], OPTIONS))
     assert torch.equal(plain.cache.layers[-1][0], gated.cache.layers[-1][0])
@@ -147,7 +154,7 @@ def test_gates_decide_on_the_device_what_they_decide_in_eager(single, name):
 
 @pytest.mark.parametrize("batch", [1, 12, 40])
 @pytest.mark.parametrize("name", ["learned", "cascade", "stability", "always", "entropy"])
-def test_fused_and_generic_paths_skip_alike(half, name, batch):
+def test_fused_and_generic_paths_skip_alike(half, name, batch, chip):
     """In bf16 the two round differently, so a score near its limit may fall on the other side."""
     prompts = PROMPTS[:batch]
     ways = [engine_of(half, plans(half)[name], batch=batch, fused=way) for way in (True, False)]

@@ -1,4 +1,4 @@
-// What both linear kernels (skinny.cu, batch.cu) are made of. Constants: T, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), OTHER (0, or one more
+// What the linear kernels (skinny.cu, batch.cu, batch_hopper.cu) are made of. Constants: T, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), OTHER (0, or one more
 // than the activation of what is computed where the flag says no).
 
 #define PENDING (-1)
@@ -59,14 +59,14 @@ __device__ __noinline__ void otherwise(
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
   const int steps = (other.k + 31) / 32, eights = (m + 7) / 8;
   int share = 1;
-  while (share < warps && share * AT_ONCE < steps) share *= 2;
-  const int groups = warps / share, part = warp % share, together = groups * gridDim.x;
+  while (2 * share <= warps && share * AT_ONCE < steps) share *= 2;
+  const int groups = warps / share, part = warp % share, together = groups * gridDim.x;  // of 12 warps four may have nothing to do
   // Rows of W a piece: few enough for all blocks to have one, but x is read for each piece again.
   const int rows = min(8, max((other.n * eights + together - 1) / together, min(m, 8) / 2));
   const int pieces = (other.n + rows - 1) / rows * eights;
   __syncthreads();  // what `parts` held has been read
   for (int first = groups * blockIdx.x; first < pieces; first += together) {
-    const int piece = first + warp / share, top = piece % eights * 8, at = piece / eights * rows + g;
+    const int piece = warp / share < groups ? first + warp / share : pieces, top = piece % eights * 8, at = piece / eights * rows + g;
     const bool wanted = piece < pieces && g < rows && at < other.n, given = piece < pieces && top + g < m;
     const raw *from = other.w + (i64)at * other.k + t * 8, *beside = x + (top + g) * x_stride + t * 8;
     const uint4 none = make_uint4(0, 0, 0, 0);

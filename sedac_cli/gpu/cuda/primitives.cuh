@@ -138,6 +138,13 @@ __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_
 __device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 #define R8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA_16(types)                                                                                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32." types " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"      \
+               : R8(d, 0) : "l"(a), "l"(b))
+#define WGMMA_32(types)                                                                                        \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32." types " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"  \
+               " %16, %17, 1, 1, 1, 0, 0;"                                                                                     \
+               : R8(d, 0), R8(d, 8) : "l"(a), "l"(b))
 #define WGMMA_64(types)                                                                                        \
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." types " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
                "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"                  \
@@ -148,7 +155,17 @@ __device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_grou
                "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63},"            \
                " %64, %65, 1, 1, 1, 0, 0;"                                                                                    \
                : R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24), R8(d, 32), R8(d, 40), R8(d, 48), R8(d, 56) : "l"(a), "l"(b))
-// d (64 x N) += a (64 x 16) * b (N x 16, transposed), by the 128 threads of a warpgroup; N = 64 or 128.
+// d (64 x N) += a (64 x 16) * b (N x 16, transposed), by the 128 threads of a warpgroup; N = 16, 32, 64 or 128.
+template <int KIND>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[8], u64 a, u64 b) {
+  if constexpr (KIND == 2) WGMMA_16("bf16.bf16");
+  else WGMMA_16("f16.f16");
+}
+template <int KIND>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[16], u64 a, u64 b) {
+  if constexpr (KIND == 2) WGMMA_32("bf16.bf16");
+  else WGMMA_32("f16.f16");
+}
 template <int KIND>
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[32], u64 a, u64 b) {
   if constexpr (KIND == 2) WGMMA_64("bf16.bf16");
@@ -167,6 +184,9 @@ __device__ __forceinline__ float4 load_peer(u32 address, int block) {
                : "r"(address), "r"(block)
                : "memory");
   return v;
+}
+__device__ __forceinline__ void store_shared(u32 address, float4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 __device__ __forceinline__ void store_shared(u32 address, float2 v) {
   asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");

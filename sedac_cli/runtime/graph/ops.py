@@ -1,6 +1,6 @@
 """The operations of a decode step: kernels on a GPU, their plain-torch twins elsewhere.
 
-Up to `BATCH_ROWS` rows our own linear kernels make the faster step. More rows go through cuBLAS; a gate then needs
+Up to `fast_rows` our own linear kernels make the faster step. More rows go through cuBLAS; a gate then needs
 conditional nodes, where the kernels just end at once.
 """
 
@@ -60,7 +60,7 @@ class Ops(Protocol):
 def make_ops(rows: int, dtype: torch.dtype, device: torch.device) -> Ops:
     if device.type == "cpu":
         return TwinOps()
-    if rows <= skinny.BATCH_ROWS and dtype in (torch.float16, torch.bfloat16):
+    if rows <= skinny.fast_rows(device) and dtype in (torch.float16, torch.bfloat16):
         return KernelOps()
     return WideOps()
 
