@@ -83,11 +83,11 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                 if act < 2:  # what is left of the ring where shared memory is small
                     yield "batch", replace(made, stages=2).constants(t, gated, act, races)
             for rows, (cluster, warpgroups) in product((16, 32, 64), HOPPER_FORMS):
-                made_here = hopper_shape(rows, cluster, warpgroups, LIMITS["sm_90a"] * 1024)
+                hopper = hopper_shape(rows, cluster, warpgroups, LIMITS["sm_90a"] * 1024)
                 for races in (False, True) if gated else (False,):
-                    yield "batch_hopper", made_here.constants(t, gated, act, races)
+                    yield "batch_hopper", hopper.constants(t, gated, act, races)
                     if gated or act == 0:
-                        yield "batch_hopper", made_here.constants(t, gated, act, races, 1 + gated)
+                        yield "batch_hopper", hopper.constants(t, gated, act, races, 1 + gated)
     for t, act in product(range(3), (1, 2, 3)):
         yield "activate", {"T": t, "ACT": act}
     yield "step", {}

@@ -33,8 +33,7 @@ SOURCES = Path(__file__).parent / "cuda"
 SHARED_SOURCES = ("primitives.cuh", "common.cuh")
 OWN = {
     "entropy": ("entropy_state.cuh",), "norm_route": ("router_parts.cuh",), "router_few": ("router_parts.cuh",),
-    "skinny": ("linear_parts.cuh",), "batch": ("linear_parts.cuh",),
-    "batch_hopper": ("linear_parts.cuh",),
+    "skinny": ("linear_parts.cuh",), "batch": ("linear_parts.cuh",), "batch_hopper": ("linear_parts.cuh",),
 }  # fmt: skip
 CUPYS = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 """Names that CuPy is installed under. All of them hold the same files."""

@@ -1,7 +1,7 @@
 """The operations of a decode step: kernels on a GPU, their plain-torch twins elsewhere.
 
-Up to `fast_rows` our own linear kernels make the faster step. More rows go through cuBLAS; a gate then needs
-conditional nodes, where the kernels just end at once.
+Up to `skinny.fast_rows` our own linear kernels make the faster step. More rows go through cuBLAS; a gate then needs conditional
+nodes, where the kernels just end at once.
 """
 
 from __future__ import annotations
