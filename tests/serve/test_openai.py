@@ -188,4 +188,4 @@ def test_counters_are_the_sums_of_what_clients_saw(server):
     assert rose("sedac_requests_total{completions,ok}") == 3
     assert rose("sedac_requests_total{batch_generate,ok}") == 1
     assert after["sedac_skip_ratio"] == pytest.approx(after["sedac_mlps_skipped_total"] / after["sedac_mlps_total"])
-    assert after["sedac_request_seconds_count{completions}"] - before["sedac_request_seconds_count{completions}"] == 3
+    assert rose("sedac_request_seconds_count{completions}") == 3
