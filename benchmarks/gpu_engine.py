@@ -30,7 +30,8 @@ from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
 from sedac_cli.probes import LREProbe  # noqa: E402
 from sedac_cli.runtime.generate import GenerateOptions  # noqa: E402
-from sedac_cli.runtime.graph import GraphEngine, fused, ops  # noqa: E402
+from sedac_cli.runtime.graph import GraphEngine, fused  # noqa: E402
+from sedac_cli.runtime.graph.ops import WideOps  # noqa: E402
 from sedac_cli.runtime.plan import Plan, make_plan  # noqa: E402
 from sedac_cli.shapes import shaped_model  # noqa: E402
 from sedac_cli.standins import ZeroStandIn  # noqa: E402
@@ -130,12 +131,11 @@ def deciding(loaded) -> dict[str, tuple[Plan, list[int]]]:
 @contextlib.contextmanager
 def by_cublas() -> Iterator[None]:
     """An engine made in here leaves matrices to cuBLAS."""
-    kept, ops.make_ops = ops.make_ops, lambda *_: ops.WideOps()
-    fused.make_ops = ops.make_ops
+    kept, fused.make_ops = fused.make_ops, lambda *_: WideOps()
     try:
         yield
     finally:
-        ops.make_ops = fused.make_ops = kept
+        fused.make_ops = kept
 
 
 def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> list[dict]:

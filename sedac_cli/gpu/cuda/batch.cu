@@ -29,25 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     int standing, int tiles, const int* ready, int parts, float4* partial, u32* arrived, const raw* other_w,
     const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
-  auto closed = [](int value) { return value == 0; };
-  bool instead = false;
-  if (!RACES && need && standing == 1) {
-    int now = *flag;
-    if (now == PENDING) {
-      settle();
-      now = *flag;
-    }
-    instead = closed(now);
-#if OTHER
-    if (instead) bring_nearer(other_w, (i64)other_n * other_k);
-#else
-    if (instead) {
-      release();
-      if (blockIdx.x == 0) settle();  // for all (skinny.cu)
-      return;
-    }
-#endif
-  }
+  LOOK_AT_STANDING_FLAG
   DYNAMIC_SHARED(dynamic);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WR, share = threadIdx.x / 32 / WR, g = lane / 4, t = lane % 4;
   const int steps = (k + 64 * KC - 1) / (64 * KC), units = tiles * steps;

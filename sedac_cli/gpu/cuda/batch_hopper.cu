@@ -31,25 +31,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
     int standing, int groups, const int* ready, int parts, const raw* other_w, const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
-  auto closed = [](int value) { return value == 0; };
-  bool instead = false;
-  if (!RACES && need && standing == 1) {
-    int now = *flag;
-    if (now == PENDING) {
-      settle();
-      now = *flag;
-    }
-    instead = closed(now);
-#if OTHER
-    if (instead) bring_nearer(other_w, (i64)other_n * other_k);
-#else
-    if (instead) {
-      release();
-      if (blockIdx.x == 0) settle();  // for all (skinny.cu)
-      return;
-    }
-#endif
-  }
+  LOOK_AT_STANDING_FLAG
   DYNAMIC_SHARED(dynamic);
   const u32 ring = (shared_address(dynamic) + 1023u) & ~1023u;  // the swizzle counts from 1024 bytes
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = blockIdx.x % CLUSTER;

@@ -1,9 +1,11 @@
-// What the linear kernels (skinny.cu, batch.cu, batch_hopper.cu) are made of. Constants: T, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu), OTHER (0, or one more
-// than the activation of what is computed where the flag says no).
+// What the linear kernels (skinny.cu, batch.cu, batch_hopper.cu) are made of. Constants: T, ACT (0 none, 1 silu, 2 gelu tanh, 3 gelu),
+// OTHER (0, or one more than the activation of what is computed where the flag says no), RACES.
 
 #define PENDING (-1)
 
 typedef Elem<T>::raw raw;
+
+__device__ __forceinline__ bool closed(int flag) { return flag == 0; }
 
 // 16 bytes on their way into shared memory; the 256-byte hint lets the cache fetch the row ahead.
 __device__ __forceinline__ void stream16(u32 to, const raw* p, u32 bytes) {
@@ -122,3 +124,28 @@ __device__ __noinline__ void otherwise(
   }
 }
 #endif
+
+// The first lines of a kernel, which they may end, so they are no function: a flag that the launch just ahead does not write is looked
+// at before anything is asked for. `instead`: the launch does the other's part.
+#if OTHER
+#define UNLESS_NEEDED \
+  if (instead) bring_nearer(other_w, (i64)other_n * other_k);
+#else
+#define UNLESS_NEEDED                                                                                         \
+  if (instead) {                                                                                              \
+    release(); /* the next launch need not wait for this one's blocks to find room */                         \
+    if (blockIdx.x == 0) settle(); /* for all: who waits for this launch waits for one block that has waited */ \
+    return;                                                                                                   \
+  }
+#endif
+#define LOOK_AT_STANDING_FLAG               \
+  bool instead = false;                     \
+  if (!RACES && need && standing == 1) {    \
+    int now = *flag;                        \
+    if (now == PENDING) {                   \
+      settle();                             \
+      now = *flag;                          \
+    }                                       \
+    instead = closed(now);                  \
+    UNLESS_NEEDED                           \
+  }

@@ -156,26 +156,16 @@ __device__ __forceinline__ void warpgroup_wait() { asm volatile("wgmma.wait_grou
                " %64, %65, 1, 1, 1, 0, 0;"                                                                                    \
                : R8(d, 0), R8(d, 8), R8(d, 16), R8(d, 24), R8(d, 32), R8(d, 40), R8(d, 48), R8(d, 56) : "l"(a), "l"(b))
 // d (64 x N) += a (64 x 16) * b (N x 16, transposed), by the 128 threads of a warpgroup; N = 16, 32, 64 or 128.
-template <int KIND>
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[8], u64 a, u64 b) {
-  if constexpr (KIND == 2) WGMMA_16("bf16.bf16");
-  else WGMMA_16("f16.f16");
-}
-template <int KIND>
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[16], u64 a, u64 b) {
-  if constexpr (KIND == 2) WGMMA_32("bf16.bf16");
-  else WGMMA_32("f16.f16");
-}
-template <int KIND>
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[32], u64 a, u64 b) {
-  if constexpr (KIND == 2) WGMMA_64("bf16.bf16");
-  else WGMMA_64("f16.f16");
-}
-template <int KIND>
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[64], u64 a, u64 b) {
-  if constexpr (KIND == 2) WGMMA_128("bf16.bf16");
-  else WGMMA_128("f16.f16");
-}
+#define WARPGROUP_MULTIPLY(N)                                                                                  \
+  template <int KIND>                                                                                          \
+  __device__ __forceinline__ void warpgroup_multiply(float (&d)[N / 2], u64 a, u64 b) {                        \
+    if constexpr (KIND == 2) WGMMA_##N("bf16.bf16");                                                           \
+    else WGMMA_##N("f16.f16");                                                                                 \
+  }
+WARPGROUP_MULTIPLY(16)
+WARPGROUP_MULTIPLY(32)
+WARPGROUP_MULTIPLY(64)
+WARPGROUP_MULTIPLY(128)
 
 __device__ __forceinline__ float4 load_peer(u32 address, int block) {
   float4 v;

@@ -71,25 +71,7 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
     int standing, int items, const int* ready, int parts, const raw* norm, float eps, int plus_one,
     const raw* other_w, const raw* other_bias, int other_n, int other_k) {
   const volatile int* flag = need;
-  auto closed = [](int value) { return value == 0; };
-  bool instead = false;
-  if (!RACES && need && standing == 1) {
-    int now = *flag;
-    if (now == PENDING) {
-      settle();
-      now = *flag;
-    }
-    instead = closed(now);
-#if OTHER
-    if (instead) bring_nearer(other_w, (i64)other_n * other_k);
-#else
-    if (instead) {
-      release();  // the next launch need not wait for this one's blocks to find room
-      if (blockIdx.x == 0) settle();  // for all: who waits for this launch waits for one block, which has waited
-      return;
-    }
-#endif
-  }
+  LOOK_AT_STANDING_FLAG
   DYNAMIC_SHARED(dynamic);
   __shared__ __align__(16) float partial[WARPS][MT][4][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
