@@ -22,7 +22,7 @@ from sedac_cli.gpu.batch import SHAPES, HopperShape, hopper_shape
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_constants
 from sedac_cli.gpu.entropy import FEW, MANY
-from sedac_cli.gpu.probe import FOUR, ROUTER_SLICE, TWO, shared_bytes
+from sedac_cli.gpu.probe import EIGHT, FOUR, ROUTER_SLICE, TWO, shared_bytes
 from sedac_cli.gpu.skinny import Cut, skinny_bytes, skinny_constants
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -60,7 +60,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
             yield "router", {"T": t, "ROWS": size}
     for t, rp, size, parts, stages in product((1, 2), (64, 256), (32, 64), (1, 2), (3, 4)):
         yield "probe", {"T": t, "RP": rp, "ROWS": size, "RANKS": 0, "PARTS": parts, "STAGES": stages}
-    for t, parts, shape in product((1, 2), (1, 2), (FOUR, TWO)):
+    for t, parts, shape in product((1, 2), (1, 2), (EIGHT, FOUR, TWO)):
         yield "probe", {"T": t, "RP": 64} | shape.constants(parts)
         yield "probe", {"T": t, "RP": 64} | shape.constants(parts) | {"SET_CONDITION": 1}
     for width, key, two in product((16, 8, 4, 2), (0, 1), (0, 1)):
@@ -95,14 +95,14 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "step", {"T": t}
         yield "norm", {"T": t}
         yield "norm", {"T": t, "RESIDUAL": 1}
-    for t, (size, group) in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4))):
+    for t, (size, group), rows in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4)), (1, 100)):
         for places, shared, clusters in ((4096, 227, True), (256, 163, False), (1024, 99, False)):
             yield (
                 "attend",
-                attend_constants(t, Heads(group, 1, size, size, 1.0), 1, places, 132, shared * 1024, clusters),
+                attend_constants(t, Heads(group, 1, size, size, 1.0), rows, places, 132, shared * 1024, clusters),
             )
     for t, units, rows, clusters, added in product(
-        range(3), (7, 16, 64), (1, 32), (False, True), ({}, {"RESIDUAL": 1})
+        range(3), (7, 16, 64), (1, 16, 32, 64), (False, True), ({}, {"RESIDUAL": 1})
     ):
         routed = norm_route_constants(t, units, rows, 3584, clusters) | added
         yield "norm_route", routed

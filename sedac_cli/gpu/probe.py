@@ -33,8 +33,8 @@ from sedac_cli.gpu.tensors import MASK, Number, Rows, buffer, flat, number
 
 FEW_ROWS = 8
 """Up to here one block per (row, rank) beats a tensor-core tile, whose fixed cost is the pipeline's fill."""
-HOPPER_ROWS = 512
-"""From here on, on a chip with warpgroup products, a tile's blocks are a cluster."""
+EIGHT_ROWS = 512
+"""Up to here, on a chip with warpgroup products, the eight blocks of a tile are a cluster."""
 ROUTER_THREADS = 512
 ROUTER_SLICE = 256
 """Of the hidden axis, where a row's router is spread over blocks."""
@@ -152,7 +152,7 @@ def probe_risk(
     size = 0 if "CLUSTER" in constants else plan.grid[0] * plan.grid[2] * constants["ROWS"] * constants["RP"]
     partial = torch.empty(size, dtype=torch.float32, device=device) if size else None
     launch(
-        "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared,
+        "probe", "probe", constants, device, grid=plan.grid, threads=plan.threads, shared=plan.shared, early=arm is None,
         args=[
             *rows.args(), I32(rows.count), I32(rows.width), plan.weight, I32(weights.full.shape[1]), weights.constants,
             I32(weights.rank), partial, counters(device),
@@ -300,10 +300,11 @@ class TileShape:
         return known | ({"CLUSTER": self.splits} if self.cluster else {})
 
 
-FOUR, TWO = TileShape(64, 4, 4, cluster=True), TileShape(64, 2, 6, cluster=True)
-"""What a Hopper chip takes: clusters of four as long as all run at once, then of two. Microseconds at 1024, 2048, 4096 and 8192
-rows of 3584 (one H200, benchmarks/results/gpu_kernel_sweep.json): four 8.6, 11.0, 18.5, 29.9; two 12.4, 12.8, 13.3, 26.0; no
-cluster 14.8, 14.9, 19.7, 30.3."""
+EIGHT, FOUR, TWO = (TileShape(64, splits, stages, cluster=True) for splits, stages in ((8, 4), (4, 4), (2, 6)))
+"""What a Hopper chip takes: clusters of eight up to EIGHT_ROWS, of four as long as all run at once, then of two. Microseconds on
+one H200 at 1024, 2048, 4096 and 8192 rows of 3584 (benchmarks/results/gpu_kernel_sweep.json): four 8.6, 11.0, 18.5, 29.9; two
+12.4, 12.8, 13.3, 26.0; no cluster 14.8, 14.9, 19.7, 30.3. At 9 and 64 rows no cluster takes 11.1 and 11.7, four 6.5 and 6.7,
+eight 5.6 and 5.5; at 512 four 7.3, eight 6.2."""
 
 
 def tile_shape(count: int, padded_rank: int, padded: int, multiprocessors: int, hopper: bool = False) -> TileShape:
@@ -311,7 +312,9 @@ def tile_shape(count: int, padded_rank: int, padded: int, multiprocessors: int, 
 
     More than 16 parts per tile would cost more to add up than they save.
     """
-    if hopper and count >= HOPPER_ROWS:
+    if hopper:
+        if count <= EIGHT_ROWS:
+            return EIGHT
         return FOUR if -(-count // FOUR.size) * FOUR.splits <= multiprocessors else TWO
     size = 32 if count <= 256 else 64
     tiles = -(-count // size) * (padded_rank // 64)

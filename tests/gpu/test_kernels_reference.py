@@ -243,14 +243,13 @@ def test_a_form_takes_as_many_blocks_as_its_shared_memory_allows():
 
 
 def test_a_probe_forms_clusters_where_they_win():
-    """Hopper alone, from 512 rows: four blocks a tile while all run at once on 132 multiprocessors (33 tiles), then two."""
+    """Hopper alone: eight blocks a tile up to 512 rows, four while all run at once on 132 multiprocessors (33 tiles), then two."""
 
     def shape(rows: int, hopper: bool = True) -> probe.TileShape:
         return probe.tile_shape(rows, 64, 3584, 132, hopper)
 
-    assert [shape(rows).splits for rows in (512, 1024, 2112, 2113, 8192)] == [4, 4, 4, 2, 2]
-    assert all(shape(rows).cluster for rows in (512, 8192))
-    assert all(shape(rows) == shape(rows, hopper=False) for rows in (9, 256, 511))
+    assert [shape(rows).splits for rows in (9, 512, 513, 2112, 2113, 8192)] == [8, 8, 4, 4, 2, 2]
+    assert all(shape(rows).cluster for rows in (9, 512, 8192))
     assert not any(shape(rows, hopper=False).cluster for rows in (9, 512, 8192))
 
 

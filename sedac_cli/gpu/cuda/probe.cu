@@ -342,6 +342,8 @@ extern "C" __global__ void AS_CLUSTER __launch_bounds__(THREADS) probe(
     const u64* handles, int handle_count, int has_opposite) {
   const Rows at = {outer, inner, per_outer};
   const int tile = blockIdx.x;
+  settle();
+  release();
   project(hidden, at, rows, width, weight, padded, partial);
   const Verdict v = {threshold_at, threshold, risk, latched, may_skip, real, needs, handles, handle_count, has_opposite};
 #if CLUSTER
