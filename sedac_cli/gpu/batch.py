@@ -80,6 +80,8 @@ def shape_of(rows: int, shared: int) -> Shape:
 MOST_STAGES = 10
 DECLARED = 1024 + 128
 """Bytes of shared memory that are not the ring's."""
+BESIDE = 19 * 1024
+"""Bytes left to what runs beside: an MLP reads its weights while a router still decides."""
 
 
 @dataclass(frozen=True)
@@ -138,4 +140,4 @@ def hopper_shapes(rows: int, groups: int, processors: int, shared: int) -> Itera
 
 def hopper_shape(rows: int, cluster: int, warpgroups: int, shared: int) -> HopperShape:
     made = HopperShape(next(n for n in (16, 32, 64) if rows <= n), warpgroups, cluster, 2 if warpgroups == 2 else 1, 0)
-    return replace(made, stages=min(MOST_STAGES, (shared - DECLARED) // made.slot))
+    return replace(made, stages=min(MOST_STAGES, (shared - DECLARED - BESIDE) // made.slot))

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sedac_cli.gpu.batch import COUNTERS, HopperShape, groups_of, hopper_shapes, shape_of
+from sedac_cli.gpu.batch import COUNTERS, DECLARED, HopperShape, groups_of, hopper_shapes, shape_of
 from sedac_cli.gpu.compile import F32, I32, I64, clusters_at_once, counters, device_index, kind, launch, properties
 from sedac_cli.gpu.decode import rms_norm
 from sedac_cli.gpu.tensors import flat
@@ -333,9 +333,10 @@ def _hopper_form(
 ) -> tuple[HopperShape, dict[str, int], int]:
     """The first shape that leaves no tile for a second turn, with its constants and the blocks of its launch."""
     found = properties(index)
+    alone = found.shared_memory_per_block_optin - DECLARED  # one block to a multiprocessor, however small its ring
     for shape in hopper_shapes(rows, groups, found.multi_processor_count, found.shared_memory_per_block_optin):
         constants = shape.constants(*form)
-        at_once = clusters_at_once("batch_hopper", "batch_hopper", constants, index, shape.threads, shape.shared)
+        at_once = clusters_at_once("batch_hopper", "batch_hopper", constants, index, shape.threads, alone)
         if shape.cluster == 1 or groups <= at_once * shape.groups:
             return shape, constants, min(groups, at_once) * shape.cluster
     raise AssertionError("a shape without clusters takes any number of groups")

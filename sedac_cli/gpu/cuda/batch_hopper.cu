@@ -26,7 +26,7 @@ struct Group {
   int row, n, column;
 };
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) batch_hopper(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, WG == 2 ? 2 : 1) batch_hopper(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,
     int standing, int groups, const int* ready, int parts, const raw* other_w, const raw* other_bias, int other_n, int other_k) {
@@ -110,7 +110,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
   __shared__ volatile int verdict[2];  // in turns: who is behind reads the one, thread 0 may write the other
   if (threadIdx.x == 0) wait_to_race(ready, parts, need);
   __syncthreads();
-  int seen = PENDING, unit = 0;
+  int even = PENDING, odd = PENDING, unit = 0;
 #else
   settle();
 #endif
@@ -154,8 +154,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
       show_to_tensor_cores();
 #if RACES
       if (!known && threadIdx.x == 0) {
-        if (seen == PENDING) seen = *flag;
-        verdict[unit & 1] = seen;
+        // What is asked for here is looked at two steps later: all would wait for it.
+        if (unit & 1) {
+          verdict[1] = odd;
+          if (odd == PENDING) odd = *flag;
+        } else {
+          verdict[0] = even;
+          if (even == PENDING) even = *flag;
+        }
       }
 #endif
       __syncthreads();  // the oldest step is there for all, and all are done with the one before
