@@ -9,6 +9,7 @@ are read on the device, so one captured step serves every position.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +22,10 @@ from sedac_cli.gpu.tensors import MASK, Number, flat, number
 
 MAX_HEAD, MAX_GROUP = 256, 16
 MAX_CLUSTER, MOST_TILES = 16, 4
-KEYS, WARPS, STAGES = 16, 4, 2
-"""Of attention: keys of a tile, warps of a block, tiles in a warp's ring where they fit."""
+KEYS, WARPS, MORE_WARPS, STAGES = 16, 4, 8, 2
+"""Of attention: keys of a tile, warps of a block, those of one of so many blocks that each has a multiprocessor to itself (steps of
+16 and 32 sequences took 0.5 and 1 % less, at 900 keys 3.7 %; 64, which have two blocks a multiprocessor, 2.4 % more), tiles in a
+warp's ring where they fit."""
 RESERVED = 16 * 1024
 """Bytes of shared memory that attention declares beside the rings, at most."""
 
@@ -121,14 +124,17 @@ def attend_constants(
     """`shared`: bytes a block may have. As many shares as there are multiprocessors: a cluster that finds no room at once doubles
     the time. With clusters, the blocks of a group are one where that leaves none of their warps more than MOST_TILES tiles of
     keys: they need no memory between them."""
-    splits = max(1, min(32, -(-places // KEYS), processors // (rows * heads.key)))
+    each = processors // (rows * heads.key)  # multiprocessors for a row and key head
     constants = {
-        "T": element, "D": heads.size, "G": heads.group, "WARPS": WARPS, "STAGES": STAGES, "SPLITS": splits
+        "T": element, "D": heads.size, "G": heads.group, "WARPS": MORE_WARPS if each in (1, 2) else WARPS, "STAGES": STAGES,
+        "SPLITS": max(1, min(32, -(-places // KEYS), each)),
     }  # fmt: skip
-    if attend_bytes(constants) > shared - RESERVED:
-        constants["STAGES"] = 1
-    together = 1 << min(splits, MAX_CLUSTER).bit_length() - 1
-    if clusters and together > 1 and (together == splits or places <= MOST_TILES * KEYS * WARPS * together):
+    for fewer in ({"WARPS": WARPS}, {"STAGES": 1}):
+        if attend_bytes(constants) > shared - RESERVED:
+            constants |= fewer
+    together = 1 << min(constants["SPLITS"], MAX_CLUSTER).bit_length() - 1
+    fits = together == constants["SPLITS"] or places <= MOST_TILES * KEYS * constants["WARPS"] * together
+    if clusters and together > 1 and fits:
         constants |= {"SPLITS": together, "CLUSTERED": 1}
     return constants
 
@@ -176,8 +182,8 @@ def attend(
     for name, table in (("cos", cos), ("sin", sin)):
         flat(table, name, rows * heads.rotary, qkv.device, qkv.dtype)
     launch(
-        "attend", "attend", constants, qkv.device, early=True, grid=(rows * heads.key, constants["SPLITS"]), threads=32 * WARPS,
-        shared=attend_bytes(constants),
+        "attend", "attend", constants, qkv.device, early=True, grid=(rows * heads.key, constants["SPLITS"]),
+        threads=32 * constants["WARPS"], shared=attend_bytes(constants),
         args=[
             qkv, I64(qkv.stride(0)), keys, values, I64(keys.stride(0)), I64(keys.stride(1)), I32(heads.key),
             flat(slot, "slot", 1, qkv.device, torch.int64), flat(first, "first", rows, qkv.device, torch.int64),
@@ -189,30 +195,39 @@ def attend(
 
 
 def norm_route_slice(rows: int, width: int) -> int:
-    """Elements of a row that a block of norm_route multiplies with the router. Most widths then make a cluster."""
-    return 512 if rows <= 8 and width <= 512 * PORTABLE_CLUSTER else 768
+    """Elements of a row that a block of norm_route multiplies with the router: few where rows are few, or share a block. Most widths
+    then make a cluster."""
+    return 512 if not 8 < rows <= 16 and width <= 512 * PORTABLE_CLUSTER else 768
 
 
-def norm_route_blocks(rows: int, width: int) -> int:
-    """Blocks of each row."""
-    return -(-width // norm_route_slice(rows, width))
+def norm_route_rows(rows: int) -> int:
+    """That a block has: as many as leave no block of 32 or 64 rows to wait for room beside the launch ahead."""
+    return 1 if rows <= 16 else 2 if rows <= 32 else 4
+
+
+def norm_route_grid(rows: int, width: int) -> tuple[int, int]:
+    """Blocks of a row, and how often as many."""
+    return -(-width // norm_route_slice(rows, width)), -(-rows // norm_route_rows(rows))
 
 
 def norm_route_parts(rows: int, width: int) -> int:
     """Blocks that write the normed rows."""
-    return rows * norm_route_blocks(rows, width)
+    return math.prod(norm_route_grid(rows, width))
 
 
 def norm_route_constants(element: int, units: int, rows: int, width: int, clusters: bool) -> dict[str, int]:
     """With clusters the blocks of a row are one, where so many may be."""
-    constants = {"T": element, "SLICE": norm_route_slice(rows, width), "UNITS": -(-(1 + units) // 8) * 8}
-    blocks = norm_route_blocks(rows, width)
+    constants = {
+        "T": element, "ROWS": norm_route_rows(rows), "SLICE": norm_route_slice(rows, width), "UNITS": -(-(1 + units) // 8) * 8
+    }  # fmt: skip
+    blocks, _ = norm_route_grid(rows, width)
     return constants | ({"CLUSTERED": 1, "SPLITS": blocks} if clusters and 1 < blocks <= PORTABLE_CLUSTER else {})
 
 
 def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
     """What the blocks of a row leave for the one that ends last."""
-    return torch.empty(norm_route_parts(rows, width) * (MAX_UNITS + 10), dtype=torch.float32, device=device)
+    each = norm_route_rows(rows) * (MAX_UNITS + 10)
+    return torch.empty(norm_route_parts(rows, width) * each, dtype=torch.float32, device=device)
 
 
 def norm_route(
@@ -253,11 +268,12 @@ def norm_route(
         constants["SET_CONDITION"] = 1
     launch(
         "norm_route", "norm_route", constants, x.device, early=arm is None,
-        grid=(norm_route_blocks(rows, width), rows), threads=256,
+        grid=norm_route_grid(rows, width), threads=256,
         args=[
-            x, I64(x.stride(0)), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps), I32(int(plus_one)),
-            out, I64(out.stride(0)), *_sum_args(x, residual, total), router.matrix, I32(router.matrix.shape[1]), router.outer,
-            I32(router.units), router.bias, F32(router.eps), scratch, counters(x.device), *number(threshold, "threshold", x.device), score, run,
+            x, I64(x.stride(0)), I32(rows), I32(width), flat(weight, "weight", width, x.device, x.dtype), F32(eps),
+            I32(int(plus_one)), out, I64(out.stride(0)), *_sum_args(x, residual, total), router.matrix,
+            I32(router.matrix.shape[1]), router.outer, I32(router.units), router.bias, F32(router.eps), scratch,
+            counters(x.device), *number(threshold, "threshold", x.device), score, run,
             flat(may_skip, "may_skip", rows, x.device, *MASK), flat(real, "real", rows, x.device, *MASK),
             flat(needs, "needs", 1, x.device, torch.int32), None if arm is None else arm.table,
             I32(0 if arm is None else arm.count), I32(0 if arm is None else int(arm.has_opposite)),

@@ -282,8 +282,10 @@ def test_a_sum_is_normed_as_if_it_had_been_written_first(dtype, rows, width, plu
 )  # fmt: skip
 @pytest.mark.parametrize("slot", [0, 5, 31, 32, 127, 128, 700])
 @pytest.mark.parametrize("normed", [False, True])
-def test_attend(dtype, heads, slot, normed):
-    rows, places = 4, 720
+@pytest.mark.parametrize("rows", [4, 30])
+def test_attend(dtype, heads, slot, normed, rows):
+    """30 rows: some heads' blocks then have a multiprocessor each, and more warps."""
+    places = 720
     qkv = random(rows, heads.width, dtype=dtype)
     angle = torch.rand(rows, heads.rotary, device="cuda") * 6
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -291,7 +293,7 @@ def test_attend(dtype, heads, slot, normed):
     keys, values = (random(rows, heads.key, places, heads.size, dtype=dtype) for _ in range(2))
     twins, before = (keys.clone(), values.clone()), qkv.clone()
     at = torch.tensor([slot], device="cuda")
-    first = torch.tensor([0, slot // 3, slot, slot // 2], device="cuda")
+    first = torch.tensor([0, slot // 3, slot, slot // 2] * 8, device="cuda")[:rows]
     scratch = decode.attend_scratch(rows, heads, qkv.device)
     scratch.fill_(float("nan"))
     found = decode.attend(qkv, heads, cos, sin, keys, values, at, first, scratch, norms, 1e-6)
@@ -321,7 +323,10 @@ def test_a_norm_within_a_launch_is_the_norm_to_the_bit(dtype, rows, plus_one, wi
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-@pytest.mark.parametrize(("rows", "width"), [(1, 3584), (5, 77), (64, 384), (3, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(1, 3584), (5, 77), (16, 3584), (17, 3584), (33, 3584), (38, 77), (64, 384), (63, 5120), (3, 4096)],
+)
 @pytest.mark.parametrize("units", [0, 16, 64])
 def test_norm_and_router_in_one(dtype, rows, width, units):
     router = router_of(width, units, "cuda")
@@ -342,6 +347,7 @@ def test_norm_and_router_in_one(dtype, rows, width, units):
         needs=needs,
     )
     close("norm", y, decode_reference.rms_norm(x, weight, 1e-6).float())
+    assert torch.equal(y, decode.rms_norm(x, weight, 1e-6))
     exact, wanted = reference.router_score(y, router, threshold=0.1, may_skip=may)
     assert_close("score", score, exact, 1e-3)
     agree_away_from("run", run, wanted, exact, 0.1, 1e-3)
@@ -350,7 +356,8 @@ def test_norm_and_router_in_one(dtype, rows, width, units):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(
-    ("rows", "width"), [(1, 3584), (8, 3584), (5, 77), (64, 384), (4, 5120), (3, 8192), (2, 12304)]
+    ("rows", "width"),
+    [(1, 3584), (8, 3584), (19, 3584), (62, 3584), (5, 77), (64, 384), (4, 5120), (3, 8192), (2, 12304)],
 )
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("gap", [0, 5])

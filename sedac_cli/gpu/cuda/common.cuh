@@ -103,37 +103,60 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// The sum over a block; `shared` has a float per warp and may be used again at once.
-__device__ __forceinline__ float block_sum(float x, float* shared) {
-  x = warp_sum(x);
-  __syncthreads();  // the last sum's readers are done
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+// Sums over a block; `shared` has a float for each per warp, and may be used again at once.
+template <int COUNT>
+__device__ __forceinline__ void block_sums(float (&x)[COUNT], float* shared) {
+  const int warps = (blockDim.x + 31) / 32;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) x[i] = warp_sum(x[i]);
+  __syncthreads();  // the last sums' readers are done
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    if (threadIdx.x % 32 == 0) shared[i * warps + threadIdx.x / 32] = x[i];
   __syncthreads();
-  float total = 0.0f;
-  for (int w = 0; w < (int)(blockDim.x + 31) / 32; ++w) total += shared[w];
-  return total;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    x[i] = 0.0f;
+    for (int w = 0; w < warps; ++w) x[i] += shared[i * warps + w];
+  }
+}
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+  float sums[1] = {x};
+  block_sums(sums, shared);
+  return sums[0];
 }
 
 #ifdef T
 __device__ __forceinline__ float rounded(float x) { return widen<T>(narrow<T>(x)); }
 
 // An RMSNorm's squares are summed by its first 256 threads, 16 bytes at a time, whichever kernel does it: the same row then gets
-// the same scale to the bit. `load(i)`: 16 bytes from element i on.
+// the same scale to the bit. `load(r, i)`: 16 bytes of row r from element i on. `shared` has a float per warp and row.
 #define NORM_THREADS 256
-template <class Load>
-__device__ __forceinline__ float norm_scale(int width, float eps, float* shared, Load load) {
+template <int COUNT, class Load>
+__device__ __forceinline__ void norm_scales(float (&scale)[COUNT], int width, float eps, float* shared, Load load) {
   constexpr int N = Vec<T>::N;
-  float square = 0.0f;
+  float square[COUNT] = {};
   if (threadIdx.x < NORM_THREADS) {
 #pragma unroll 2
-    for (int i = threadIdx.x * N; i < width; i += NORM_THREADS * N) {
-      float v[N];
-      unpack<T>(load(i), v);
+    for (int i = threadIdx.x * N; i < width; i += NORM_THREADS * N)
 #pragma unroll
-      for (int j = 0; j < N; ++j) square = fmaf(v[j], v[j], square);
-    }
+      for (int r = 0; r < COUNT; ++r) {
+        float v[N];
+        unpack<T>(load(r, i), v);
+#pragma unroll
+        for (int j = 0; j < N; ++j) square[r] = fmaf(v[j], v[j], square[r]);
+      }
   }
-  return rsqrtf(block_sum(square, shared) / width + eps);
+  block_sums(square, shared);
+#pragma unroll
+  for (int r = 0; r < COUNT; ++r) scale[r] = rsqrtf(square[r] / width + eps);
+}
+
+template <class Load>
+__device__ __forceinline__ float norm_scale(int width, float eps, float* shared, Load load) {
+  float scale[1];
+  norm_scales(scale, width, eps, shared, [&](int, int i) { return load(i); });
+  return scale[0];
 }
 
 // `plus_one`: (1 + weight), all in float32, rounded once (Gemma); otherwise rounded before the weight.

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) router_few(
   SliceWeights weights;
   weights.load(matrix, units, padded, from, warp, lane);
   OuterWeights ends;
-  ends.load(outer, bias, units, warp, lane);
+  ends.load(outer, bias, units, warp == 0, lane);
   settle();
   release();
   const bool may = !may_skip || may_skip[row], counts = !real || real[row];

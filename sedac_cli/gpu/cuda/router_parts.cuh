@@ -38,16 +38,16 @@ struct SliceWeights {
   }
 };
 
-// What the end of a row needs, by the warp that will need it: asked for there, it would hold up the decision. `outer` holds the
+// What the end of a row needs, by the warps that will need it: asked for there, it would hold up the decision. `outer` holds the
 // outer weights and, behind them, the sum of each row of the matrix.
 struct OuterWeights {
   float weight[MORE], row_sum[MORE], base, base_sum;
 
-  __device__ __forceinline__ void load(const float* outer, const float* bias, int units, int warp, int lane) {
+  __device__ __forceinline__ void load(const float* outer, const float* bias, int units, bool mine, int lane) {
     base = base_sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < MORE; ++i) weight[i] = row_sum[i] = 0.0f;
-    if (warp) return;
+    if (!mine) return;
 #pragma unroll
     for (int i = 0; i < MORE; ++i) {
       const int u = 1 + lane + i * 32;
