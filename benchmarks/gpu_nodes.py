@@ -30,7 +30,7 @@ from kernel_sources import fingerprint
 from torch import Tensor
 
 from sedac_cli.gpu.compile import _stream as stream_of
-from sedac_cli.gpu.compile import ptx_of, require_conditional_nodes
+from sedac_cli.gpu.compile import code_of, require_conditional_nodes
 from sedac_cli.gpu.conditional import ConditionalGraph
 from sedac_cli.gpu.packed import activate_rows
 from sedac_cli.gpu.skinny import skinny_gated, skinny_linear
@@ -114,7 +114,7 @@ class Bench:
         major, minor = torch.cuda.get_device_capability()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "nodes.ptx"
-            path.write_bytes(ptx_of(cupy, KERNELS, "nodes", f"{major}{minor}"))
+            path.write_bytes(code_of(KERNELS, "nodes", f"{major}{minor}", linked=False))
             module = cupy.RawModule(path=str(path))
             self.kernels = {name: module.get_function(name) for name in ("switch_nodes", "clear_unless")}
             _ = [kernel.num_regs for kernel in self.kernels.values()]

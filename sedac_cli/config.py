@@ -51,10 +51,14 @@ def parse_rates(text: str, option: str) -> list[float]:
 
 
 def parse_list(text: str | None, kind: type, option: str) -> list[Any] | None:
-    """`"1,8"` -> [1, 8]; None stays None: not given."""
-    return (
-        None if text is None else [_number(part, kind, option, "numbers such as 1,8") for part in _parts(text, option)]
-    )
+    """`"1,8"` -> [1, 8], all above 0; None stays None: not given."""
+    if text is None:
+        return None
+    numbers = [_number(part, kind, option, "numbers such as 1,8") for part in _parts(text, option)]
+    for number in numbers:
+        if not number > 0:
+            raise UsageError(f"--{option}: {number} is not above 0")
+    return numbers
 
 
 def split_gates(text: str) -> list[str]:
@@ -70,8 +74,10 @@ def split_gates(text: str) -> list[str]:
 
 def _parts(text: str, option: str) -> list[str]:
     parts = [part.strip() for part in str(text).split(",")]
-    if not parts or any(part == "" for part in parts):
-        raise UsageError(f"--{option}: '{text}' is not a comma-separated list")
+    if "" in parts:
+        raise UsageError(
+            f"--{option}: '{text}' has an empty entry", hint=f"--{option} takes entries with commas between them"
+        )
     return parts
 
 

@@ -101,7 +101,8 @@ def _cupy() -> Check:
     wanted = (torch.version.cuda or "").split(".")[0]
     if not present:
         extra = "gpu-cuda13" if wanted == "13" else "gpu"
-        return Check("cupy", "missing", "not installed: GPU kernels are not available", f"pip install 'sedac[{extra}]'")
+        fix = f"pip install 'sedac[{extra}]'" if wanted else "a torch built for CUDA first"
+        return Check("cupy", "missing", "not installed: GPU kernels are not available", fix)
     found = ", ".join(f"{name} {number}" for name, number in present.items())
     fix = install_cupy(wanted, list(present)) if wanted else f"pip uninstall -y {' '.join(present)}"
     if len(present) > 1:

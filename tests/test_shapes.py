@@ -16,6 +16,11 @@ from sedac_cli.shapes import SHAPES, shaped_model
 SMALL = {"num_hidden_layers": 2, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96}
 
 
+def test_the_help_names_every_shape(sedac):
+    said = "".join(sedac("bench", "--help").out.replace("│", " ").split())
+    assert all(name in said for name in SHAPES)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_runs_and_keeps_its_states_in_bounds(name):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2} | ({"head_dim": 16} if "qwen3" in name else {})

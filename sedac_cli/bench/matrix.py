@@ -214,12 +214,15 @@ def read_matrix(where: str) -> Matrix:
     return make_matrix({"name": path.stem} | document, str(path))
 
 
-def make_matrix(document: dict[str, Any], where: str) -> Matrix:
+def make_matrix(document: dict[str, Any], where: str | None = None) -> Matrix:
+    """`where`: the file it is from; None: the command line, whose options have its keys' names."""
     try:
         return Matrix.model_validate(document)
     except ValidationError as error:
         unknown = [found for found in error.errors() if found["type"] == "extra_forbidden"]
-        raise UsageError(f"{where}: {_explain((unknown or error.errors())[0])}") from None
+        found = _explain((unknown or error.errors())[0])
+        as_option = re.sub(r"^\w+(?=: )", lambda key: "--" + key[0].replace("_", "-"), found)
+        raise UsageError(f"{where}: {found}" if where else as_option) from None
 
 
 _KEYS: dict[str, type[BaseModel]] = {

@@ -36,14 +36,15 @@ def measure(
         "--modes", help="How each gate runs: gated, lossless, ngram_sedac_adaptive; default gated.")] = None,
     draft_tokens: Annotated[int | None, typer.Option("--draft-tokens", min=1, max=64, help="Draft length of lossless modes.")] = None,
     backend: Annotated[str | None, typer.Option("--backend", help="hf, vllm or openai (any compatible server).")] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="auto, eager or graph; auto takes graph on a GPU.")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="auto, eager or graph; default auto: graph on a GPU.")] = None,
     shape: Annotated[str | None, typer.Option(
-        "--shape", help="Random weights in the shape of qwen2.5-7b, llama-3.1-8b, ...: speed without weights, said so.")] = None,
-    batch: Annotated[str | None, option(WORK, "--batch", help="Batch sizes: 1,8")] = None,
-    prompt_lengths: Annotated[str | None, option(WORK, "--prompt-lengths", help="Prompt lengths in tokens: 64,512")] = None,
-    new_tokens: Annotated[int | None, option(WORK, "--new-tokens", min=1, help="Tokens generated per prompt.")] = None,
-    repeats: Annotated[int | None, option(WORK, "--repeats", min=1, help="Pairs dense / own in every cell.")] = None,
-    warmup: Annotated[int | None, option(WORK, "--warmup", min=0, help="Runs that are not counted.")] = None,
+        "--shape", help="Random weights in the shape of qwen2.5-0.5b, qwen2.5-3b, qwen2.5-7b, qwen3-8b or llama-3.1-8b: speed without "
+        "weights, said so.")] = None,
+    batch: Annotated[str | None, option(WORK, "--batch", help="Batch sizes: 1,8; default 1.")] = None,
+    prompt_lengths: Annotated[str | None, option(WORK, "--prompt-lengths", help="Prompt lengths in tokens: 64,512; default 64.")] = None,
+    new_tokens: Annotated[int | None, option(WORK, "--new-tokens", min=1, help="Tokens generated per prompt; default 32.")] = None,
+    repeats: Annotated[int | None, option(WORK, "--repeats", min=1, help="Pairs dense / own in every cell; default 5.")] = None,
+    warmup: Annotated[int | None, option(WORK, "--warmup", min=0, help="Runs that are not counted; default 1.")] = None,
     dataset: Annotated[str | None, option(WORK, "--dataset", help="Text for prompts and quality.")] = None,
     split: Annotated[str | None, option(WORK, "--split", help="Split of a hub or built-in data set.")] = None,
     prompts: Annotated[str | None, option(WORK, "--prompts", help="A file of prompts instead, or 'synthetic'.")] = None,
@@ -118,7 +119,7 @@ def measure(
         )
     if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
         document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
-    plan = make_matrix(document, matrix or "the command line")
+    plan = make_matrix(document, matrix)
     if any(map(is_hub_ref, (plan.base_model, plan.dataset))):
         go_offline_if_unreachable()
     make_folder(save_dir)

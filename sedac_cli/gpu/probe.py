@@ -304,7 +304,7 @@ EIGHT, FOUR, TWO = (TileShape(64, splits, stages, cluster=True) for splits, stag
 """What a Hopper chip takes: clusters of eight up to EIGHT_ROWS, of four as long as all run at once, then of two. Microseconds on
 one H200 at 1024, 2048, 4096 and 8192 rows of 3584 (benchmarks/results/gpu_kernel_sweep.json): four 8.6, 11.0, 18.5, 29.9; two
 12.4, 12.8, 13.3, 26.0; no cluster 14.8, 14.9, 19.7, 30.3. At 9 and 64 rows no cluster takes 11.1 and 11.7, four 6.5 and 6.7,
-eight 5.6 and 5.5; at 512 four 7.3, eight 6.2."""
+eight 5.6 and 5.5; at 512 four 7.3, eight 6.2 (samples not kept)."""
 
 
 def tile_shape(count: int, padded_rank: int, padded: int, multiprocessors: int, hopper: bool = False) -> TileShape:

@@ -263,12 +263,19 @@ def test_a_server_s_engine_is_its_own(bench, args):
     assert (result.code, "engine graph does not reach a server" in result.err) == (2, True)
 
 
-def test_a_misspelt_engine_is_named(bench):
-    result = bench("--engine", "garph")
-    assert (result.code, "engine: Input should be 'auto', 'eager' or 'graph'. Did you mean 'graph'?" in result.err) == (
-        2,
-        True,
-    )
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--engine", "garph", "--engine: Input should be 'auto', 'eager' or 'graph'. Did you mean 'graph'?"),
+        ("--backend", "tgi", "--backend: Input should be 'hf', 'vllm' or 'openai'."),
+        ("--batch", "0", "--batch: 0 is not above 0"),
+        ("--prompt-lengths", "8,-1", "--prompt-lengths: -1 is not above 0"),
+        ("--batch", "1,,2", "--batch: '1,,2' has an empty entry"),
+    ],
+)
+def test_an_option_that_is_wrong_is_named_as_it_was_written(bench, option, value, said):
+    result = bench(option, value)
+    assert (result.code, result.err.splitlines()[0]) == (2, f"error: {said}")
 
 
 def test_another_engine_in_the_later_run_is_said(bench, graphs):

@@ -132,10 +132,13 @@ def require_graphs(device: torch.device) -> None:
     from sedac_cli.gpu.compile import require_bindings, require_conditional_nodes, require_kernels
 
     if device.type != "cuda":
-        raise InputError(
-            f"the graph engine needs a CUDA GPU; the model's device is {device}",
-            hint=f"{EAGER} runs anywhere",
-        )
+        if torch.cuda.is_available():
+            why = f"the model's device is {device}"
+        elif torch.version.cuda is None:
+            why = "this torch was not built for CUDA"
+        else:
+            why = "none is usable, see sedac doctor"
+        raise InputError(f"the graph engine needs a CUDA GPU: {why}", hint=f"{EAGER} runs anywhere")
     try:
         require_kernels(device)
         require_conditional_nodes()
