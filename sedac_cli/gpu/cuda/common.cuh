@@ -180,8 +180,8 @@ __device__ __forceinline__ bool arrive_last(u32* counter, u32 expected) {
   return last;
 }
 
-// A number that is a constant of the launch, or lives on the device where it may change between replays.
-__device__ __forceinline__ float number(const float* pointer, float value) { return pointer ? __ldg(pointer) : value; }
+// A number that is a constant of the launch, or lives on the device, where the launch ahead may have changed it.
+__device__ __forceinline__ float number(const float* pointer, float value) { return pointer ? *pointer : value; }
 
 #ifdef SET_CONDITION
 extern "C" __device__ __cudart_builtin__ void cudaGraphSetConditional(u64 handle, unsigned int value);

@@ -179,8 +179,8 @@ __device__ __forceinline__ void sum_norms(
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
       const int at = k + u * WIDE * N;
-      a[u] = load_vec<HT>(h + at, end - at, aligned);
-      b[u] = load_vec<HT>(prev + at, end - at, aligned);
+      a[u] = load_vec<HT, true>(h + at, end - at, aligned);
+      b[u] = load_vec<HT, true>(prev + at, end - at, aligned);
     }
 #pragma unroll
     for (int u = 0; u < 2; ++u) {

@@ -161,7 +161,7 @@ __device__ __forceinline__ void project(
       for (int part = 0; part < 8 / Vec<T>::N; ++part) {
         const int first = k + part * Vec<T>::N;
         float x[Vec<T>::N];
-        unpack<T>(load_vec<T>(p + first, width - first, aligned), x);
+        unpack<T>(load_vec<T, true>(p + first, width - first, aligned), x);
 #pragma unroll
         for (int n = 0; n < RANKS; ++n)
 #pragma unroll
