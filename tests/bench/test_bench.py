@@ -226,7 +226,7 @@ def test_modes_from_the_command_line(bench):
     [
         (("--engine", "graph"), 3, "needs a CUDA GPU"),
         (("--backend", "vllm"), 3, "vLLM is not installed"),
-        (("--batch", "0"), 2, "batch holds 0"),
+        (("--batch", "0"), 2, "--batch: 0 is not above 0"),
         (("--batch", "two"), 2, "'two' is not a number"),
         (("--prompt-lengths", "126"), 3, "exceed the model's 128 positions"),
         (("--draft-tokens", "3"), 2, "needs a lossless mode"),
