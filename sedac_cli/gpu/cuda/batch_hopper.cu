@@ -26,6 +26,7 @@ struct Group {
   int row, n, column;
 };
 
+// Small tiles take no more than half the registers: a router's block must find its own beside them.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, WG == 2 ? 2 : 1) batch_hopper(
     const raw* x, i64 x_stride, int m, int k, const raw* w0, const raw* w1, const raw* w2, const raw* b0, const raw* b1,
     const raw* b2, int n0, int n1, int n2, const raw* residual, i64 r_stride, raw* out, i64 out_stride, const int* need,

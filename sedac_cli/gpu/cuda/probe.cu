@@ -5,9 +5,9 @@
 // Ways to project. RANKS > 0: plain float32 arithmetic, RANKS x ROWS dot products per block; any dtype, any alignment.
 // RANKS == 0: tensor cores, ROWS x 64 tiles; the weight is hi + lo in the hidden state's own dtype (PARTS = 2: what is
 // lost is 2^-17 of a weight in bf16, 2^-22 in fp16) or hi alone (PARTS = 1: 2^-9 and 2^-12).
-// CLUSTER > 0: the same on Hopper for many rows, where warps would read shared memory as long as the tensor cores compute: tiles
-// of 64 rows by warpgroup products, which read it themselves. The CLUSTER blocks of a tile add their parts through each other's
-// shared memory, and finish 64 / CLUSTER rows each.
+// CLUSTER > 0: the same on Hopper: tiles of 64 rows by warpgroup products, which read shared memory themselves, where warps would for
+// as long as the tensor cores compute. The CLUSTER blocks of a tile add their parts through each other's shared memory, not through
+// memory, and finish 64 / CLUSTER rows each.
 // Constants: T, RP (rank rounded up to 64), ROWS per tile, RANKS, PARTS, STAGES, CLUSTER (left out where there is none).
 
 struct Verdict {
