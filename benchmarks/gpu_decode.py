@@ -217,7 +217,8 @@ def main() -> int:
     torch.set_grad_enabled(False)
     if not chosen.no_tests:
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=12"]
-        done = subprocess.run([*command, "tests/gpu/test_decode_gpu.py"], cwd=ROOT, capture_output=True, text=True)
+        tested = [f"tests/gpu/test_{name}_gpu.py" for name in ("linear", "decode")]
+        done = subprocess.run([*command, *tested], cwd=ROOT, capture_output=True, text=True)
         print("\n".join(done.stdout.splitlines()[-100:]) + done.stderr[-1500:], flush=True)
     bench = Bench(chosen.repeats, 300)
     copy(bench)

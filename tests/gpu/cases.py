@@ -13,6 +13,9 @@ from sedac_cli.gates.learned import Router
 from sedac_cli.gpu import compile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+STEP = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+"""Of the largest value: two roundings of the dtype (sums in another order may fall on the other side of one)."""
 
 ENTROPY_BITS = 5e-4
 """float32 sums of up to 262144 terms in another order, ex2.approx (2 ulp): seen 1e-4 on logits of scale 4."""
@@ -62,6 +65,19 @@ def assert_close(name: str, found: Tensor, expected: Tensor, limit: float) -> No
         f"{name}: off by {gap.max():.3g} (limit {limit:g}) at {worst} of {gap.numel()}: "
         f"{found.flatten()[worst]:.7g}, expected {expected.flatten()[worst]:.7g}; {(gap > limit).sum()} entries off"
     )
+
+
+def close(name: str, found: Tensor, expected: Tensor) -> None:
+    limit = STEP[found.dtype] * max(1.0, float(expected.float().abs().max()) if expected.numel() else 1.0)
+    assert_close(name, found.float(), expected.float(), limit)
+
+
+def random(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.float() for t in tensors]
 
 
 def agree_away_from(
