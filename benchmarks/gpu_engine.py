@@ -4,9 +4,8 @@
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
 same run. Cases are interleaved round by round, each behind the ungated step, which it is set against (the card's own pace drifts
-within a second); every sample is kept. Learned gates have routers whose outcome is known, everything
-on or every fourth layer off, without stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS
-runs beside our linear kernels.
+within a second); every sample is kept. Learned gates have routers whose outcome is known, everything on or every fourth layer off,
+without stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS runs beside our linear kernels.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ def shape_of(rows: int, shared: int) -> Shape:
     return replace(shape, stages=min(shape.stages, (shared - 1024) // shape.slot))
 
 
+CLUSTERS, ALONE = ((8, 2), (4, 2), (4, 3), (2, 2), (2, 3)), (2, 3, 4)
+"""Blocks of a cluster and warpgroups of each; warpgroups of a block without one. Times of single launches on an H200 chose."""
 MOST_STAGES = 10
 DECLARED = 1024 + 128
 """Bytes of shared memory that are not the ring's."""
@@ -86,8 +88,6 @@ BESIDE = 19 * 1024
 
 @dataclass(frozen=True)
 class HopperShape:
-    """Times of single launches on an H200 chose among these."""
-
     rows: int
     """Of x that the products have room for."""
     warpgroups: int
@@ -131,11 +131,11 @@ def groups_of(matrices: list[int], gated: bool) -> int:
 def hopper_shapes(rows: int, groups: int, processors: int, shared: int) -> Iterator[HopperShape]:
     """From the largest cluster on, those whose tiles can take all rows of W at once; at last blocks that go from tile to tile. How many
     clusters there can be at a time is for the device to say."""
-    for cluster, warpgroups in ((8, 2), (4, 2), (4, 3), (2, 2), (2, 3)):
+    for cluster, warpgroups in CLUSTERS:
         if groups <= processors // cluster * 4 * warpgroups:
             yield hopper_shape(rows, cluster, warpgroups, shared)
     each = -(-groups // processors)
-    yield hopper_shape(rows, 1, next((n for n in (2, 3, 4) if each <= 4 * n), 3), shared)
+    yield hopper_shape(rows, 1, next((n for n in ALONE if each <= 4 * n), 3), shared)
 
 
 def hopper_shape(rows: int, cluster: int, warpgroups: int, shared: int) -> HopperShape:

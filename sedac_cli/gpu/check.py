@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from sedac_cli.gpu.batch import SHAPES, HopperShape, hopper_shape
+from sedac_cli.gpu.batch import ALONE, CLUSTERS, SHAPES, HopperShape, hopper_shape
 from sedac_cli.gpu.compile import OPTIONS, refuse_shared, source_text
 from sedac_cli.gpu.decode import Heads, attend_bytes, attend_constants, norm_route_constants
 from sedac_cli.gpu.entropy import FEW, MANY
@@ -30,8 +30,6 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 
 LIMITS = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_90a": 227, "sm_100": 227}
 """KiB of shared memory a block may ask for."""
-HOPPER_FORMS = ((8, 2), (4, 2), (4, 3), (2, 2), (2, 3), (1, 2), (1, 3), (1, 4))
-"""Blocks of a cluster, warpgroups."""
 FEWEST = {"attend": 1, "batch": 2}
 """Stages that a wrapper goes down to where shared memory is small; 3 for the others."""
 
@@ -82,7 +80,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
                     yield "batch", made.constants(t, gated, act, races, 1 + gated)
                 if act < 2:  # what is left of the ring where shared memory is small
                     yield "batch", replace(made, stages=2).constants(t, gated, act, races)
-            for rows, (cluster, warpgroups) in product((16, 32, 64), HOPPER_FORMS):
+            for rows, (cluster, warpgroups) in product((16, 32, 64), (*CLUSTERS, *((1, n) for n in ALONE))):
                 hopper = hopper_shape(rows, cluster, warpgroups, LIMITS["sm_90a"] * 1024)
                 for races in (False, True) if gated else (False,):
                     yield "batch_hopper", hopper.constants(t, gated, act, races)
@@ -95,7 +93,7 @@ def forms() -> Iterator[tuple[str, dict[str, int]]]:
         yield "step", {"T": t}
         yield "norm", {"T": t}
         yield "norm", {"T": t, "RESIDUAL": 1}
-    for t, (size, group), rows in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4)), (1, 100)):
+    for t, (size, group), rows in product((1, 2), ((64, 1), (128, 7), (256, 16), (80, 4)), (1, 50, 100)):
         for places, shared, clusters in ((4096, 227, True), (256, 163, False), (1024, 99, False)):
             yield (
                 "attend",

@@ -194,20 +194,18 @@ def attend(
     return out
 
 
-def norm_route_slice(rows: int, width: int) -> int:
-    """Elements of a row that a block of norm_route multiplies with the router: few where rows are few, or share a block. Most widths
-    then make a cluster."""
-    return 512 if not 8 < rows <= 16 and width <= 512 * PORTABLE_CLUSTER else 768
-
-
-def norm_route_rows(rows: int) -> int:
-    """That a block has: as many as leave no block of 32 or 64 rows to wait for room beside the launch ahead."""
-    return 1 if rows <= 16 else 2 if rows <= 32 else 4
+def norm_route_cut(rows: int, width: int) -> tuple[int, int]:
+    """Rows of x that a block of norm_route has: as many as leave no block of 32 or 64 rows to wait for room beside the launch ahead.
+    And elements of each that it multiplies with the router: few where rows are few, or share a block. Most widths then make a
+    cluster."""
+    each, size = (1, 512) if rows <= 8 else (1, 768) if rows <= 16 else (2, 512) if rows <= 32 else (4, 512)
+    return each, size if width <= size * PORTABLE_CLUSTER else 768
 
 
 def norm_route_grid(rows: int, width: int) -> tuple[int, int]:
     """Blocks of a row, and how often as many."""
-    return -(-width // norm_route_slice(rows, width)), -(-rows // norm_route_rows(rows))
+    each, size = norm_route_cut(rows, width)
+    return -(-width // size), -(-rows // each)
 
 
 def norm_route_parts(rows: int, width: int) -> int:
@@ -217,17 +215,16 @@ def norm_route_parts(rows: int, width: int) -> int:
 
 def norm_route_constants(element: int, units: int, rows: int, width: int, clusters: bool) -> dict[str, int]:
     """With clusters the blocks of a row are one, where so many may be."""
-    constants = {
-        "T": element, "ROWS": norm_route_rows(rows), "SLICE": norm_route_slice(rows, width), "UNITS": -(-(1 + units) // 8) * 8
-    }  # fmt: skip
+    each, size = norm_route_cut(rows, width)
+    constants = {"T": element, "ROWS": each, "SLICE": size, "UNITS": -(-(1 + units) // 8) * 8}
     blocks, _ = norm_route_grid(rows, width)
     return constants | ({"CLUSTERED": 1, "SPLITS": blocks} if clusters and 1 < blocks <= PORTABLE_CLUSTER else {})
 
 
 def norm_route_scratch(rows: int, width: int, device: torch.device) -> Tensor:
     """What the blocks of a row leave for the one that ends last."""
-    each = norm_route_rows(rows) * (MAX_UNITS + 10)
-    return torch.empty(norm_route_parts(rows, width) * each, dtype=torch.float32, device=device)
+    each, _ = norm_route_cut(rows, width)
+    return torch.empty(norm_route_parts(rows, width) * each * (MAX_UNITS + 10), dtype=torch.float32, device=device)
 
 
 def norm_route(

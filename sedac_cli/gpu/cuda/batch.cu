@@ -105,12 +105,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batch(
     }
 #if RACES
   __shared__ volatile int verdict[2];  // in turns: who is behind reads the one, thread 0 may write the other
-  if (threadIdx.x == 0) wait_to_race(ready, parts, need);
-  __syncthreads();
   int seen = PENDING;
-#else
-  settle();
 #endif
+  await_rows(ready, parts, need);
   release();
   instead |= !RACES && need && standing == 0 && closed(*flag);
   if (!OTHER && instead) {

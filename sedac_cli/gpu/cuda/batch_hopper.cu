@@ -109,12 +109,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
 #if RACES
   __shared__ volatile int verdict[2];  // in turns: who is behind reads the one, thread 0 may write the other
-  if (threadIdx.x == 0) wait_to_race(ready, parts, need);
-  __syncthreads();
   int even = PENDING, odd = PENDING, unit = 0;
-#else
-  settle();
 #endif
+  await_rows(ready, parts, need);
   release();
   instead |= !RACES && need && standing == 0 && closed(*flag);
   if (!OTHER && instead) {

@@ -33,6 +33,17 @@ __device__ __forceinline__ void wait_to_race(const int* ready, int parts, const 
   else wait_for(need, PENDING);
 }
 
+// Once the first weights are on their way.
+__device__ __forceinline__ void await_rows(const int* ready, int parts, const int* need) {
+#if RACES
+  // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
+  if (threadIdx.x == 0) wait_to_race(ready, parts, need);
+  __syncthreads();
+#else
+  settle();
+#endif
+}
+
 #if OTHER
 // Loads of each operand on their way to a lane. Fewer where skinny.cu asks for x too: registers that went to memory cost more.
 #if defined(XS) && !XS

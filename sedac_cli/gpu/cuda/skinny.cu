@@ -114,15 +114,9 @@ extern "C" __global__ void __launch_bounds__(BOUNDS) skinny(
 #endif
 #if RACES
   __shared__ volatile int verdict;
-  // Blocks of the launch ahead are all resident before this one's may be, so what is waited for here comes.
-  if (threadIdx.x == 0) {
-    verdict = PENDING;
-    wait_to_race(ready, parts, need);
-  }
-  __syncthreads();
-#else
-  settle();
+  if (threadIdx.x == 0) verdict = PENDING;
 #endif
+  await_rows(ready, parts, need);
   release();
   int seen = need && (standing == 0 || (RACES && threadIdx.x == 0)) ? *flag : PENDING;
 #define STOPPED (!RACES && need && standing == 0 && closed(seen))
