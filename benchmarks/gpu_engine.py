@@ -6,18 +6,22 @@ Floor of a case: the bytes it had to read (weights of what ran, keys and values)
 same run. Cases are interleaved round by round, each behind the ungated step, which it is set against (the card's own pace drifts
 within a second); every sample is kept. Learned gates have routers whose outcome is known, everything on or every fourth layer off,
 without stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS runs beside our linear kernels.
+Where `nvidia-ml-py` is installed, each sample has the clock it ran at, and whether the card was at its power limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,6 +66,25 @@ def weight_bytes(loaded) -> tuple[int, list[int]]:
     return layers - sum(mlps) + head.numel() * head.element_size(), mlps
 
 
+@functools.cache
+def nvml() -> tuple[Any, Any] | None:
+    try:
+        found: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    found.nvmlInit()
+    return found, found.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+
+
+def pace() -> tuple[int, bool] | None:
+    """The clock in MHz at this moment, and whether the card's power limit holds it there."""
+    if nvml() is None:
+        return None
+    library, handle = nvml()
+    limits = library.nvmlDeviceGetCurrentClocksEventReasons(handle) & library.nvmlClocksEventReasonSwPowerCap
+    return library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM), bool(limits)
+
+
 class Case:
     """An engine with one captured burst. `flags`: what it is forced to; `on`: the layers whose MLP runs, if not all."""
 
@@ -72,6 +95,7 @@ class Case:
         self.on = flags or on or [1] * engine.program.num_layers
         self.samples: list[float] = []
         self.ratios: list[float] = []
+        self.paces: list[tuple[int, bool]] = []
 
     def prepare(self) -> None:
         engine = self.engine
@@ -99,6 +123,8 @@ class Case:
         for _ in range(4):
             self.replay()
         end.record()
+        if found := pace():  # while it runs
+            self.paces.append(found)
         end.synchronize()
         self.samples.append(begin.elapsed_time(end) / 4 / engine.burst)
 
@@ -178,13 +204,15 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
             {
                 "batch": batch, "case": case.name, "path": case.engine.path, "step_ms": case.ms, "floor_ms": floor,
                 "over_floor": case.ms / floor, "against_ungated": ratio, "ratios": case.ratios, "samples_ms": case.samples,
-                "tokens_per_s": batch / case.ms * 1e3,
+                "tokens_per_s": batch / case.ms * 1e3, "clock_mhz": [clock for clock, _ in case.paces],
+                "at_power_limit": [limited for _, limited in case.paces],
             }
         )  # fmt: skip
         spread = f"{min(case.samples):.3f}..{max(case.samples):.3f}"
+        clock = f", {statistics.median(lines[-1]['clock_mhz']):.0f} MHz" if case.paces else ""
         print(
             f"  batch {batch:3} {case.name:44} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
-            f"{ratio:6.3f} of ungated [{min(case.ratios):.3f}..{max(case.ratios):.3f}]",
+            f"{ratio:6.3f} of ungated [{min(case.ratios):.3f}..{max(case.ratios):.3f}]{clock}",
             flush=True,
         )
     return lines
