@@ -78,9 +78,10 @@ def nvml() -> tuple[Any, Any] | None:
 
 def pace() -> tuple[int, bool] | None:
     """The clock in MHz at this moment, and whether the card's power limit holds it there."""
-    if nvml() is None:
+    found = nvml()
+    if found is None:
         return None
-    library, handle = nvml()
+    library, handle = found
     limits = library.nvmlDeviceGetCurrentClocksEventReasons(handle) & library.nvmlClocksEventReasonSwPowerCap
     return library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM), bool(limits)
 
