@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from kernel_sources import fingerprint  # noqa: E402
 
+from sedac_cli.bench.floor import read_bandwidth  # noqa: E402
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
@@ -42,20 +43,6 @@ from sedac_cli.standins import ZeroStandIn  # noqa: E402
 from sedac_cli.standins.lowrank import LowRank, LowRankStandIns  # noqa: E402
 
 PLACES, RANK = 1024, 192
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of reading 2 GiB, the best of several reductions."""
-    x = torch.empty(2**29, dtype=torch.int32, device="cuda").random_()
-    best = 0.0
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        x.amax()
-        end.record()
-        end.synchronize()
-        best = max(best, x.numel() * 4 / begin.elapsed_time(end) * 1e3)
-    return best
 
 
 def weight_bytes(loaded) -> tuple[int, list[int]]:
@@ -262,7 +249,7 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_grad_enabled(False)
     began = time.monotonic()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(torch.device("cuda"))
     loaded = shaped_model(chosen.shape, "cuda")
     print(
         f"{chosen.shape}, RANDOM weights, bf16; reading {bandwidth / 1e12:.2f} TB/s; {time.monotonic() - began:.0f} s",

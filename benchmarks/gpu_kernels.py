@@ -328,7 +328,7 @@ def main() -> int:
     cupy = compile.require_gpu()
     machine = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "cupy": cupy.__version__,
-        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "driver": cupy.cuda.runtime.driverGetVersion(), "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
     }  # fmt: skip
     print(machine, flush=True)
     bench = Bench(chosen.repeats, chosen.seconds)
