@@ -206,18 +206,6 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
     return lines
 
 
-def eager_note(loaded, context: int) -> float:
-    """Milliseconds per token of `model.generate`, eager: a side note, not a baseline."""
-    ids = torch.randint(10, 1000, (1, context), device="cuda")
-    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    loaded.model.generate(ids, max_new_tokens=4, **arguments)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    loaded.model.generate(ids, max_new_tokens=32, **arguments)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / 32 * 1e3
-
-
 def trace(loaded, folder: Path) -> dict:
     """What the host does while three bursts run, by the profiler: launches of graphs, and anything that waits."""
     plan = learned(loaded, 0, False)
@@ -264,8 +252,6 @@ def main() -> int:
     for batch in map(int, chosen.batch.split(",")):
         facts["cases"] += measure(loaded, batch, chosen.rounds, bandwidth, chosen.context)
         torch.cuda.empty_cache()
-    facts["eager_generate_ms_per_token"] = eager_note(loaded, chosen.context)
-    print(f"  side note: eager model.generate {facts['eager_generate_ms_per_token']:.1f} ms per token")
     if chosen.trace:
         facts["host_calls_in_3_bursts"] = trace(loaded, chosen.trace)
         print(f"  host calls while 3 bursts ran: {facts['host_calls_in_3_bursts']}")
