@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import importlib
 import json
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +27,7 @@ sys.path[:0] = [str(ROOT)]
 from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.bench.floor import read_bandwidth  # noqa: E402
+from sedac_cli.bench.machine import nvml_of  # noqa: E402
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
@@ -53,19 +51,9 @@ def weight_bytes(loaded) -> tuple[int, list[int]]:
     return layers - sum(mlps) + head.numel() * head.element_size(), mlps
 
 
-@functools.cache
-def nvml() -> tuple[Any, Any] | None:
-    try:
-        found: Any = importlib.import_module("pynvml")
-    except ImportError:
-        return None
-    found.nvmlInit()
-    return found, found.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-
-
 def pace() -> tuple[int, bool] | None:
     """The clock in MHz at this moment, and whether the card's power limit holds it there."""
-    found = nvml()
+    found = nvml_of(0)
     if found is None:
         return None
     library, handle = found

@@ -7,6 +7,7 @@ meter.peak_bytes, meter.joules        # None where the machine cannot tell
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import time
@@ -70,7 +71,6 @@ class Meter:
         self.device = device
         self.peak_bytes: int | None = None
         self.joules: float | None = None
-        self._energy = _EnergyCounter.of(device)
 
     def __enter__(self) -> Meter:
         if self.device.type == "cuda":
@@ -78,13 +78,13 @@ class Meter:
         else:
             with contextlib.suppress(OSError):
                 CLEAR.write_text("5")  # the peak starts anew at what is in use now
-        self._before = self._energy.read() if self._energy else None
+        self._before = _joules(self.device)
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._energy and self._before is not None and time.perf_counter() - self._began >= ENERGY_SECONDS:
-            after = self._energy.read()
+        if self._before is not None and time.perf_counter() - self._began >= ENERGY_SECONDS:
+            after = _joules(self.device)
             self.joules = None if after is None else after - self._before
         if self.device.type == "cuda":
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -100,39 +100,29 @@ def _peak_of_process() -> int | None:
     return None
 
 
-class _EnergyCounter:
-    """NVML's running total of one GPU, in joules. It moves in steps of up to 100 ms."""
+@functools.cache
+def nvml_of(index: int) -> tuple[Any, Any] | None:
+    """NVML, and its handle of this GPU of torch's; None without nvidia-ml-py, or where it does not know the GPU."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
+    except pynvml.NVMLError:
+        return None
 
-    _known: dict[int, _EnergyCounter | None] = {}  # noqa: RUF012
 
-    def __init__(self, nvml: Any, handle: Any):
-        self._nvml, self._handle = nvml, handle
-
-    @classmethod
-    def of(cls, device: torch.device) -> _EnergyCounter | None:
-        if device.type != "cuda":
-            return None
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        if index not in cls._known:
-            cls._known[index] = cls._open(index)
-        return cls._known[index]
-
-    @classmethod
-    def _open(cls, index: int) -> _EnergyCounter | None:
-        try:
-            import pynvml
-        except ImportError:
-            return None
-        try:
-            pynvml.nvmlInit()
-            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            counter = cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
-        except pynvml.NVMLError:
-            return None
-        return counter if counter.read() is not None else None
-
-    def read(self) -> float | None:
-        try:
-            return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
-        except self._nvml.NVMLError:
-            return None
+def _joules(device: torch.device) -> float | None:
+    """NVML's running total of a GPU. It moves in steps of up to 100 ms."""
+    if device.type != "cuda":
+        return None
+    found = nvml_of(torch.cuda.current_device() if device.index is None else device.index)
+    if found is None:
+        return None
+    nvml, handle = found
+    try:
+        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+    except nvml.NVMLError:
+        return None

@@ -119,7 +119,7 @@ def measure(
         )
     if document.get("backend") == "openai" and matrix is None and max_ppl_ratio is None:
         document["quality"].setdefault("samples", 0)  # few servers tell the log-probabilities that it takes
-    plan = make_matrix(document, matrix)
+    plan = make_matrix(document)  # what a file says has been read: what does not fit now is an option's
     if any(map(is_hub_ref, (plan.base_model, plan.dataset))):
         go_offline_if_unreachable()
     make_folder(save_dir)

@@ -198,8 +198,9 @@ def norm_route_cut(rows: int, width: int) -> tuple[int, int]:
     """Rows of x that a block of norm_route has: as many as leave no block of 32 or 64 rows to wait for room beside the launch ahead.
     And elements of each that it multiplies with the router: few where rows are few, or share a block. Most widths then make a
     cluster."""
-    each, size = (1, 512) if rows <= 8 else (1, 768) if rows <= 16 else (2, 512) if rows <= 32 else (4, 512)
-    return each, size if width <= size * PORTABLE_CLUSTER else 768
+    each = 1 if rows <= 16 else 2 if rows <= 32 else 4
+    size = 768 if 8 < rows <= 16 or width > 512 * PORTABLE_CLUSTER else 512
+    return each, size
 
 
 def norm_route_grid(rows: int, width: int) -> tuple[int, int]:
