@@ -3,9 +3,10 @@
     python benchmarks/gpu_engine.py --out benchmarks/results/gpu_engine.json [--shape qwen2.5-7b] [--batch 1,8,32] [--trace DIR]
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
-same run. Cases are interleaved round by round, each behind the ungated step, which it is set against (the card's own pace drifts
-within a second); every sample is kept. Learned gates have routers whose outcome is known, everything on or every fourth layer off,
-without stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS runs beside our linear kernels.
+same run. Cases are interleaved round by round, in an order drawn anew. Between any two of them the ungated step is timed, and a case is
+set against the one before and the one after it: a card at its power limit changes its pace within a second, and what ran before decides
+how far. Every sample is kept. Learned gates have routers whose outcome is known, everything on or every fourth layer off, without
+stand-ins and with some of rank 192: what deciding and standing in cost. Above 8 sequences cuBLAS runs beside our linear kernels.
 Where `nvidia-ml-py` is installed, each sample has the clock it ran at, and whether the card was at its power limit.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import statistics
 import sys
 import time
@@ -27,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.bench.floor import read_bandwidth  # noqa: E402
-from sedac_cli.bench.machine import nvml_of  # noqa: E402
+from sedac_cli.bench.machine import at_power_limit, nvml_of  # noqa: E402
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
@@ -57,8 +59,7 @@ def pace() -> tuple[int, bool] | None:
     if found is None:
         return None
     library, handle = found
-    limits = library.nvmlDeviceGetCurrentClocksEventReasons(handle) & library.nvmlClocksEventReasonSwPowerCap
-    return library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM), bool(limits)
+    return library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM), at_power_limit(library, handle)
 
 
 class Case:
@@ -70,7 +71,8 @@ class Case:
         self.name, self.engine, self.flags, self.context = name, engine, flags, context
         self.on = flags or on or [1] * engine.program.num_layers
         self.samples: list[float] = []
-        self.ratios: list[float] = []
+        self.beside: list[tuple[float, float]] = []
+        """The ungated step's times before and after each sample."""
         self.paces: list[tuple[int, bool]] = []
 
     def prepare(self) -> None:
@@ -79,12 +81,6 @@ class Case:
         options = GenerateOptions(max_new_tokens=engine.burst + 1, ignore_eos=True)
         engine.run(ids, torch.ones_like(ids), options)
         (self.replay, _), *_ = [value for (_, size), value in engine.graphs.items() if size == engine.burst]
-
-    def time_against(self, ungated: Case) -> None:
-        ungated.time()
-        if self is not ungated:
-            self.time()
-        self.ratios.append(self.samples[-1] / ungated.samples[-1])
 
     def time(self) -> None:
         engine = self.engine
@@ -107,6 +103,10 @@ class Case:
     @property
     def ms(self) -> float:
         return statistics.median(self.samples)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [own / statistics.mean(pair) for own, pair in zip(self.samples, self.beside, strict=False)]
 
 
 def flags_with(layers: int, share: int) -> list[int]:
@@ -169,17 +169,24 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
             cases.append(Case(f"cuBLAS and nodes, {share} % of MLPs off", forced, flags_with(layers, share), context))
     for case in cases:
         case.prepare()
+    ungated, *others = cases
+    drawn = random.Random(batch)
     for _ in range(rounds):
-        for case in cases:
-            case.time_against(cases[0])
+        ungated.time()
+        for case in drawn.sample(others, len(others)):
+            case.time()
+            ungated.time()
+            case.beside.append((ungated.samples[-2], ungated.samples[-1]))
     lines = []
     for case in cases:
         read = rest + keys + sum(size for size, on in zip(mlps, case.on, strict=True) if on)
-        floor, ratio = read / bandwidth * 1e3, statistics.median(case.ratios)
+        floor, ratios = read / bandwidth * 1e3, case.ratios or [1.0]
+        ratio = statistics.median(ratios)
         lines.append(
             {
                 "batch": batch, "case": case.name, "path": case.engine.path, "step_ms": case.ms, "floor_ms": floor,
                 "over_floor": case.ms / floor, "against_ungated": ratio, "ratios": case.ratios, "samples_ms": case.samples,
+                "ungated_beside_ms": case.beside,
                 "tokens_per_s": batch / case.ms * 1e3, "clock_mhz": [clock for clock, _ in case.paces],
                 "at_power_limit": [limited for _, limited in case.paces],
             }
@@ -188,7 +195,7 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
         clock = f", {statistics.median(lines[-1]['clock_mhz']):.0f} MHz" if case.paces else ""
         print(
             f"  batch {batch:3} {case.name:44} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
-            f"{ratio:6.3f} of ungated [{min(case.ratios):.3f}..{max(case.ratios):.3f}]{clock}",
+            f"{ratio:6.3f} of ungated [{min(ratios):.3f}..{max(ratios):.3f}]{clock}",
             flush=True,
         )
     return lines

@@ -74,8 +74,12 @@ def copy(bench: Bench) -> None:
     speeds = {name: sizes[name.rpartition(", ")[0]] / min(taken) / 1e3 for name, taken in samples.items()}
     best = max(speeds, key=lambda name: speeds[name])
     bench.bandwidth = speeds[best]
-    reads = {"amax int32": lambda: words.amax(), "sum float32": lambda: x.view(torch.float32).sum()}
-    read = {name: [launched(way) for _ in range(bench.repeats)] for name, way in reads.items()}
+    reads = {
+        "amax int32": lambda: words.amax(),
+        "amax int64": lambda: x.view(torch.int64).amax(),
+        "sum float32": lambda: x.view(torch.float32).sum(),
+    }
+    read = {name: [launched(way, 16) for _ in range(bench.repeats)] for name, way in reads.items()}
     bench.read_bandwidth = max(x.numel() / min(taken) / 1e3 for taken in read.values())
     bench.report("copy 2 GiB", {"ours": samples[best]} | samples | read, None, "", None)
     print("  " + ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items()) + " GB/s", flush=True)

@@ -69,7 +69,19 @@ def speed_note(document: dict[str, Any]) -> str:
         f"Speed-up: dense wall time / own, median of pairs that ran one after the other, with the {LEVEL:.0%} interval of that "
         f"median (none of fewer than {FEWEST} pairs). A row of dense pools its runs beside all others: only pairs give a speed-up. "
         f"Dense is: {document.get('baseline', 'dense')}."
+        + _power_note(document["configurations"])
         + (f" {RANDOM_WEIGHTS}" if document.get("random_weights") else "")
+    )
+
+
+def _power_note(configurations: Iterable[dict[str, Any]]) -> str:
+    told = [found for c in configurations for cell in c.get("cells") or [] if (found := cell.get("at_power_limit"))]
+    runs, of = (sum(found[key] for found in told) for key in ("runs", "of"))
+    if not runs:
+        return ""
+    return (
+        f" At the end of {runs} of {of} runs the GPU was at its power limit, which lowers its clock: the pace of the card is in those "
+        "times, and another card may give other ratios."
     )
 
 

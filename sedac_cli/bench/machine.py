@@ -1,7 +1,7 @@
-"""What a run was measured on, and what it took besides time: peak memory, energy.
+"""What a run was measured on, and what it took besides time: peak memory, energy, the card's power limit.
 
 with Meter(device) as meter: work()
-meter.peak_bytes, meter.joules        # None where the machine cannot tell
+meter.peak_bytes, meter.joules, meter.at_power_limit        # None where the machine cannot tell
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+Answer = TypeVar("Answer")
 STATUS, CLEAR, STAT = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")
 
 
@@ -65,12 +67,14 @@ ENERGY_SECONDS = 0.5
 
 
 class Meter:
-    """Peak memory of the device, or of this process on a CPU; joules of the device while it was open."""
+    """Peak memory of the device, or of this process on a CPU; joules of the device while it was open, and whether its power limit
+    held its clock down at the end."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.peak_bytes: int | None = None
         self.joules: float | None = None
+        self.at_power_limit: bool | None = None
 
     def __enter__(self) -> Meter:
         if self.device.type == "cuda":
@@ -83,6 +87,7 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.at_power_limit = of_nvml(self.device, at_power_limit)
         if self._before is not None and time.perf_counter() - self._began >= ENERGY_SECONDS:
             after = _joules(self.device)
             self.joules = None if after is None else after - self._before
@@ -114,8 +119,18 @@ def nvml_of(index: int) -> tuple[Any, Any] | None:
         return None
 
 
+def at_power_limit(nvml: Any, handle: Any) -> bool:
+    """Whether the power limit holds the GPU's clock down at this moment. On an H200 it said so a quarter of a second late."""
+    return bool(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle) & nvml.nvmlClocksEventReasonSwPowerCap)
+
+
 def _joules(device: torch.device) -> float | None:
-    """NVML's running total of a GPU. It moves in steps of up to 100 ms."""
+    """A running total. It moves in steps of up to 100 ms."""
+    return of_nvml(device, lambda nvml, handle: float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000)
+
+
+def of_nvml(device: torch.device, ask: Callable[[Any, Any], Answer]) -> Answer | None:
+    """What NVML answers about a GPU; None where there is none to ask, or none that answers."""
     if device.type != "cuda":
         return None
     found = nvml_of(torch.cuda.current_device() if device.index is None else device.index)
@@ -123,6 +138,6 @@ def _joules(device: torch.device) -> float | None:
         return None
     nvml, handle = found
     try:
-        return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
+        return ask(nvml, handle)
     except nvml.NVMLError:
         return None

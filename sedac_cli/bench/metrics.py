@@ -54,6 +54,8 @@ class Run:
     drafts: dict[str, Any] | None = None
     peak_bytes: int | None = None
     joules: float | None = None
+    at_power_limit: bool | None = None
+    """Of the GPU, at the end; None where nobody can tell."""
     tokens: list[list[int]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
@@ -107,6 +109,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
     prefill = [run.prompt_tokens / run.prefill_seconds for run in runs if run.prefill_seconds]
     joules = [run.joules / run.new_tokens for run in runs if run.joules is not None and run.new_tokens]
     peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    limited = [run.at_power_limit for run in runs if run.at_power_limit is not None]
     found: dict[str, Any] = {
         "tokens_per_second": spread([run.new_tokens / run.seconds for run in runs if run.seconds]),
         "decode_tokens_per_second": spread(decode),
@@ -115,6 +118,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
         "itl_seconds": percentiles([x for run in runs for x in run.itl]),
         "peak_bytes": max(peaks) if peaks else None,
         "joules_per_token": spread(joules),
+        "at_power_limit": {"runs": sum(limited), "of": len(limited)} if limited else None,
         "floor": floor(runs),
     }
     return found | skips(runs) | drafts(runs) | requests(runs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import save_tiny
 
+from sedac_cli.bench import machine
 from sedac_cli.bench.backends import Cell, hf
 from sedac_cli.bench.backends.hf import GraphSession
 from sedac_cli.bench.floor import StepReads, read_bandwidth
@@ -95,25 +96,35 @@ def test_a_session_of_the_graph_engine_tells_its_floor(tiny, monkeypatch, rows):
     assert GraphSession(tiny, plan, Cell(rows, 24, 5), None).run(["the sea"] * rows, 5).floor_seconds is None
 
 
+def made(**values) -> Run:
+    return Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1], **values)
+
+
+def first_rows(*runs):
+    """Of each table of a document with these runs alone: the first row, and what stands under the table."""
+    cell = {"label": "batch 1", **summarize(runs)}
+    document = {"configurations": [{"name": "dense", "cells": [cell], "quality": None, "errors": []}], "baseline": "x",
+                "subject": {"read_bytes_per_second": 4e12}, "matrix": {"dataset": "x"}, "random_weights": False}  # fmt: skip
+    return {
+        table.title: (dict(zip(table.columns, table.rows[0], strict=True)), table.caption) for table in tables(document)
+    }
+
+
 def test_a_table_of_steps_stands_only_where_it_is_known():
-    run = Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1], floor_seconds=0.25)
-
-    def found(*runs):
-        cell = {"label": "batch 1", **summarize(runs)}
-        document = {"configurations": [{"name": "dense", "cells": [cell], "quality": None, "errors": []}], "baseline": "x",
-                    "subject": {"read_bytes_per_second": 4e12}, "matrix": {"dataset": "x"}, "random_weights": False}  # fmt: skip
-        return {
-            table.title: (dict(zip(table.columns, table.rows[0], strict=True)), table.caption)
-            for table in tables(document)
-        }
-
-    row, caption = found(run)["decode step and its floor"]
+    row, caption = first_rows(made(floor_seconds=0.25))["decode step and its floor"]
     assert (row["step"], row["step floor"], row["of floor"]) == ("250.000 ms", "62.500 ms", "25.0%")
     assert "4.00 TB/s" in caption
-    unknown = found(Run(2.0, 10, 5, 0.5, 1.0, [0.5], [0.1]))
+    unknown = first_rows(made())
     assert "speed" in unknown
     assert "decode step and its floor" not in unknown
     assert "TB/s" not in unknown["speed"][1]
+
+
+def test_a_card_at_its_power_limit_is_told_under_the_speeds():
+    under = first_rows(made(at_power_limit=True), made(at_power_limit=False), made(at_power_limit=True))["speed"][1]
+    assert "At the end of 2 of 3 runs the GPU was at its power limit" in under
+    for runs in ([made(at_power_limit=False)], [made()]):
+        assert "power" not in first_rows(*runs)["speed"][1]
 
 
 def test_no_bandwidth_without_a_gpu():
@@ -145,6 +156,9 @@ def test_a_bench_of_a_shape(sedac, tmp_path):
         assert configuration["errors"] == []
         for cell in configuration["cells"]:
             assert 0.05 < cell["floor"]["share"]["median"] < 1
+            runs = [sample["at_power_limit"] for sample in cell["samples"]["own"]]
+            assert all(found is not None for found in runs) == (machine.nvml_of(0) is not None)
+            assert cell["at_power_limit"] == (machine.nvml_of(0) and {"runs": sum(runs), "of": len(runs)})
     for cell in found["configurations"][0]["cells"]:
         assert cell["aside"]["step_seconds"] > cell["floor"]["took_seconds"]
     assert "Side note, no baseline: eager generate()" in " ".join(result.out.split())

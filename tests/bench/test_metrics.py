@@ -53,6 +53,13 @@ def test_prefill_and_decode_apart():
     assert found["itl_seconds"]["p50"] == pytest.approx(0.15)
     assert found["peak_bytes"] is None
     assert found["joules_per_token"] is None
+    assert found["at_power_limit"] is None
+
+
+def test_runs_at_the_power_limit_are_counted_among_those_that_know():
+    found = summarize([run(), run(at_power_limit=True), run(at_power_limit=False), run(at_power_limit=True)])
+    assert found["at_power_limit"] == {"runs": 2, "of": 3}
+    assert summarize([run(at_power_limit=False)])["at_power_limit"] == {"runs": 0, "of": 1}
 
 
 def test_skips_per_layer_are_weighted_by_tokens():

@@ -53,6 +53,7 @@ class DraftingSession:
             },
             peak_bytes=meter.peak_bytes,
             joules=meter.joules,
+            at_power_limit=meter.at_power_limit,
             tokens=[[token.token for token in row] for row in made.tokens],
         )  # fmt: skip
 

@@ -215,6 +215,7 @@ class EagerSession:
             decided_tokens=gated.tokens if gated else 0,
             peak_bytes=meter.peak_bytes,
             joules=meter.joules,
+            at_power_limit=meter.at_power_limit,
             tokens=out[:, width:].tolist(),
         )
 
@@ -275,6 +276,7 @@ class GraphSession:
             floor_seconds=floor,
             peak_bytes=meter.peak_bytes,
             joules=meter.joules,
+            at_power_limit=meter.at_power_limit,
             tokens=[[token.token for token in row] for row in made.tokens],
         )
 

@@ -157,6 +157,7 @@ class VLLMSession:
             decided_tokens=decided,
             drafts=_drafts(drafted, _drafted(self.llm), made, len(outputs)) if self.experiment.how.draft else None,
             joules=meter.joules,  # peak memory is what vLLM was told to take: no measurement
+            at_power_limit=meter.at_power_limit,
             tokens=tokens,
         )
 
