@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 from kernel_sources import fingerprint  # noqa: E402
 
 from sedac_cli.bench.floor import read_bandwidth  # noqa: E402
-from sedac_cli.bench.machine import at_power_limit, nvml_of  # noqa: E402
+from sedac_cli.bench.machine import at_power_limit, of_nvml  # noqa: E402
 from sedac_cli.gates.cascade import CascadeGate  # noqa: E402
 from sedac_cli.gates.learned import LearnedGate, Router  # noqa: E402
 from sedac_cli.gpu import skinny  # noqa: E402
@@ -55,11 +55,10 @@ def weight_bytes(loaded) -> tuple[int, list[int]]:
 
 def pace() -> tuple[int, bool] | None:
     """The clock in MHz at this moment, and whether the card's power limit holds it there."""
-    found = nvml_of(0)
-    if found is None:
-        return None
-    library, handle = found
-    return library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM), at_power_limit(library, handle)
+    return of_nvml(
+        torch.device("cuda"),
+        lambda nvml, gpu: (nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM), at_power_limit(nvml, gpu)),
+    )
 
 
 class Case:
