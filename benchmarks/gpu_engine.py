@@ -1,6 +1,7 @@
 """The graph engine on a GPU, in the shape of a known model with RANDOM weights and forced skip rates: speed only.
 
     python benchmarks/gpu_engine.py --out benchmarks/results/gpu_engine.json [--shape qwen2.5-7b] [--batch 1,8,32] [--trace DIR]
+    python benchmarks/gpu_engine.py --show FILE [--reads 4.48]      # what such a file says, on any machine
 
 Floor of a case: the bytes it had to read (weights of what ran, keys and values) at the bandwidth of reading, measured in the
 same run. Cases are interleaved round by round, in an order drawn anew. Between any two of them the ungated step is timed, and a case is
@@ -179,8 +180,8 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
     lines = []
     for case in cases:
         read = rest + keys + sum(size for size, on in zip(mlps, case.on, strict=True) if on)
-        floor, ratios = read / bandwidth * 1e3, case.ratios or [1.0]
-        ratio = statistics.median(ratios)
+        floor = read / bandwidth * 1e3
+        ratio = statistics.median(case.ratios or [1.0])
         lines.append(
             {
                 "batch": batch, "case": case.name, "path": case.engine.path, "step_ms": case.ms, "floor_ms": floor,
@@ -190,14 +191,37 @@ def measure(loaded, batch: int, rounds: int, bandwidth: float, context: int) -> 
                 "at_power_limit": [limited for _, limited in case.paces],
             }
         )  # fmt: skip
-        spread = f"{min(case.samples):.3f}..{max(case.samples):.3f}"
-        clock = f", {statistics.median(lines[-1]['clock_mhz']):.0f} MHz" if case.paces else ""
-        print(
-            f"  batch {batch:3} {case.name:44} {case.ms:7.3f} ms [{spread}]  floor {floor:6.3f}  {case.ms / floor:5.2f}x floor  "
-            f"{ratio:6.3f} of ungated [{min(ratios):.3f}..{max(ratios):.3f}]{clock}",
-            flush=True,
-        )
+        print(told(lines[-1]), flush=True)
     return lines
+
+
+def told(line: dict, floor_factor: float = 1.0) -> str:
+    samples, ratios, clocks = line["samples_ms"], line["ratios"] or [1.0], line["clock_mhz"]
+    step, floor, ratio = line["step_ms"], line["floor_ms"] * floor_factor, line["against_ungated"]
+    clock = f", {statistics.median(clocks):.0f} MHz" if clocks else ""
+    return (
+        f"  batch {line['batch']:3} {line['case']:44} {step:7.3f} ms [{min(samples):.3f}..{max(samples):.3f}]  floor {floor:6.3f}  "
+        f"{step / floor:5.2f}x floor  {ratio:6.3f} of ungated, {1 / ratio:.2f}x [{min(ratios):.3f}..{max(ratios):.3f}]{clock}"
+    )
+
+
+def show(path: Path, reads: float | None) -> None:
+    """`reads`: TB/s to take floors at, instead of what the file's run read with."""
+    facts = json.loads(path.read_text())
+    own = facts["read_bytes_per_s"] / 1e12
+    same = "as here" if facts["kernels"] == fingerprint() else "others than here"
+    print(f"{facts['command']}\n{facts['what']}; {facts['gpu']}, torch {facts['torch']}; kernels: {same}")
+    print(f"it read with {own:.2f} TB/s; floors at {reads or own:.2f}")
+    for line in facts["cases"]:
+        print(told(line, own / (reads or own)))
+    for batch in dict.fromkeys(line["batch"] for line in facts["cases"]):
+        lines = [line for line in facts["cases"] if line["batch"] == batch]
+        limited, clocks = ([x for line in lines for x in line[key]] for key in ("at_power_limit", "clock_mhz"))
+        if clocks:
+            print(
+                f"  batch {batch:3} at its power limit in {sum(limited)} of {len(limited)} samples, {min(clocks)} to {max(clocks)} MHz"
+            )
+    print(f"  host calls while 3 bursts ran: {facts.get('host_calls_in_3_bursts', 'not traced')}")
 
 
 def trace(loaded, folder: Path) -> dict:
@@ -228,7 +252,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print what such a file says; needs no GPU")
+    parser.add_argument(
+        "--reads", type=float, metavar="TB/S", help="with --show: floors at this bandwidth instead of the file's"
+    )
     chosen = parser.parse_args()
+    if chosen.show:
+        show(chosen.show, chosen.reads)
+        return 0
     torch.set_grad_enabled(False)
     began = time.monotonic()
     bandwidth = read_bandwidth(torch.device("cuda"))

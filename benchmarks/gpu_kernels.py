@@ -291,6 +291,9 @@ def ratios(lines: Sequence[Line], read_bandwidth: float) -> None:
             for name in ("entropy", "product alone", "plain")
             if name in middle
         ]
+        if kind == "entropy" and int(size[0]) >= 256:
+            read = int(size[0]) * int(size[-1]) * 2 / read_bandwidth / 1e3
+            told.append(f"{read / middle['ours']:.0%} of reading alone")
         if kind == "decision" and int(size[0]) in V9:
             told.append(f"{V9[int(size[0])] / middle['ours']:.1f}x as fast as V9's {V9[int(size[0])]:.0f} us")
         if line.name == f"probe 4096 x {HIDDEN}":
