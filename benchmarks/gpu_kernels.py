@@ -294,6 +294,12 @@ def ratios(lines: Sequence[Line], read_bandwidth: float) -> None:
         if kind == "entropy" and int(size[0]) >= 256:
             read = int(size[0]) * int(size[-1]) * 2 / read_bandwidth / 1e3
             told.append(f"{read / middle['ours']:.0%} of reading alone")
+        if kind == "prefill":
+            told.append(f"{middle['dense'] / middle['ours']:.2f}x as fast as dense")
+        if "no MLPs" in middle:
+            told.append(
+                ", ".join(f"{name} {middle[name] / int(kind):.1f} us a layer" for name in ("all off", "no MLPs"))
+            )
         if kind == "decision" and int(size[0]) in V9:
             told.append(f"{V9[int(size[0])] / middle['ours']:.1f}x as fast as V9's {V9[int(size[0])]:.0f} us")
         if line.name == f"probe 4096 x {HIDDEN}":
